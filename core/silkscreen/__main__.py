@@ -1,0 +1,5 @@
+"""Run the command line: `python -m silkscreen`."""
+
+from silkscreen.cli import main
+
+main()

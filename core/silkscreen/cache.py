@@ -1,0 +1,157 @@
+"""The template cache: what templates return, as named carriers and pipeline arguments, composed into one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from silkscreen.bases import Base
+from silkscreen.carriers import carriers
+from silkscreen.errors import CacheError
+from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Sides
+
+ConflictPolicy = Literal["error", "first", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TemplateCache:
+    """What one template returned, or several together.
+
+    Attributes:
+        fields: for each carrier's name, its content.
+        arguments: arguments for the pipeline's call, by name.
+        source: the template or templates it comes from, for messages.
+    """
+
+    fields: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    source: str
+
+    @classmethod
+    def from_result(cls, result: Any, template: str) -> TemplateCache:
+        """Take what a template's `forward` returned: a dict of fields.
+
+        Raises:
+            CacheError: it is no dict.
+        """
+        if not isinstance(result, Mapping):
+            raise CacheError(
+                f"template {template!r}: forward returned {type(result).__name__}, not a dict of fields: "
+                'return {"kv_cache": ...} or another carrier'
+            )
+        known = carriers()
+        return cls(
+            fields={name: value for name, value in result.items() if name in known},
+            arguments={name: value for name, value in result.items() if name not in known},
+            source=template,
+        )
+
+    def check(self, base: Base) -> None:
+        """Compare every carrier's content with a base.
+
+        Raises:
+            CacheError: with everything that does not fit.
+        """
+        known = carriers()
+        problems = [problem for name, value in self.fields.items() for problem in known[name].check(value, base)]
+        if problems:
+            raise CacheError("; ".join(f"template {self.source!r}: {problem}" for problem in problems))
+
+    def save(self, path: Path | str, *, overwrite: bool = False) -> None:
+        """Write the carriers to a safetensors file, whole or not at all.
+
+        Raises:
+            FileExistsError: the file exists, and `overwrite` is not given.
+            CacheError: it holds pipeline arguments, which have no tensors.
+        """
+        path = Path(path)
+        if self.arguments:
+            raise CacheError(
+                f"the cache of {self.source!r} holds pipeline arguments ({', '.join(self.arguments)}), which cannot be "
+                "saved: save the caches of the other templates"
+            )
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists: choose another name, or pass overwrite=True")
+        known = carriers()
+        tensors = {
+            f"{carrier}/{name}": tensor.detach().cpu().contiguous()
+            for carrier, value in self.fields.items()
+            for name, tensor in known[carrier].flatten(value).items()
+        }
+        partial = path.with_name(path.name + ".partial")
+        save_file(tensors, partial, {"source": self.source, "carriers": json.dumps(list(self.fields))})
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path | str) -> TemplateCache:
+        """Read what `save` wrote.
+
+        Raises:
+            CacheError: the file is none, or needs a carrier that is not installed.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = json.loads(metadata["carriers"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CacheError(f"{path} is no saved template cache ({type(error).__name__}: {error})") from error
+        known = carriers()
+        missing = [name for name in names if name not in known]
+        if missing:
+            raise CacheError(f"{path} holds {', '.join(missing)}: install the plugin that brings this carrier")
+        fields = {
+            carrier: known[carrier].unflatten(
+                {name.removeprefix(f"{carrier}/"): t for name, t in tensors.items() if name.startswith(f"{carrier}/")}
+            )
+            for carrier in names
+        }
+        return cls(fields, {}, metadata.get("source", str(path)))
+
+
+def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> TemplateCache:
+    """Compose caches into one, carrier by carrier, in their order.
+
+    Args:
+        caches: what the templates returned.
+        policy: what happens when two give the same pipeline argument.
+
+    Raises:
+        CacheError: two give the same pipeline argument, and the policy is `error`.
+    """
+    known = carriers()
+    names = dict.fromkeys(name for cache in caches for name in cache.fields)
+    fields = {name: known[name].merge([c.fields[name] for c in caches if name in c.fields]) for name in names}
+    arguments: dict[str, Any] = {}
+    givers: dict[str, str] = {}
+    for cache in caches:
+        for name, value in cache.arguments.items():
+            if name in arguments and policy == "error":
+                raise CacheError(
+                    f"templates {givers[name]!r} and {cache.source!r} both give the pipeline argument {name!r}: "
+                    'use one of them, or choose with on_conflict="first" or "last"'
+                )
+            if name not in arguments or policy == "last":
+                arguments[name], givers[name] = value, cache.source
+    return TemplateCache(fields, arguments, ", ".join(cache.source for cache in caches))
+
+
+@contextmanager
+def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache) -> Iterator[None]:
+    """Let the carriers of both sides act on a pipeline for as long as the context lasts."""
+    sides = Sides({POSITIVE: positive.fields, NEGATIVE: negative.fields})
+    used = [carrier for name, carrier in carriers().items() if sides.has(name)]
+    with ExitStack() as stack:
+        if used:
+            stack.enter_context(sides.follow(pipe.transformer))
+        for carrier in used:
+            stack.enter_context(carrier.inject(pipe, sides))
+        yield

@@ -1,0 +1,42 @@
+"""Carriers: the kinds of content that a template cache can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from silkscreen import registry
+from silkscreen.bases import Base
+from silkscreen.flux2.sides import Sides
+
+
+class Carrier(Protocol):
+    """One kind of content of a template cache: how it is checked, merged, saved and injected."""
+
+    @property
+    def name(self) -> str:
+        """The field of a template's result that holds it."""
+
+    def check(self, value: Any, base: Base) -> list[str]:
+        """Return what in a value does not fit a base, one sentence each, without computing anything."""
+
+    def merge(self, values: Sequence[Any]) -> Any:
+        """Return one value that has the effect of all of them together, in their order."""
+
+    def flatten(self, value: Any) -> dict[str, torch.Tensor]:
+        """Return the value as named tensors, to be saved."""
+
+    def unflatten(self, tensors: Mapping[str, torch.Tensor]) -> Any:
+        """Return the value that `flatten` made these tensors of."""
+
+    def inject(self, pipe: Any, sides: Sides) -> AbstractContextManager[None]:
+        """Let the sides' values of this carrier act on a pipeline, for as long as the context lasts."""
+
+
+def carriers() -> dict[str, Carrier]:
+    """Return every carrier by name: the core's and the plugins'."""
+    registered: list[Sequence[Carrier]] = registry.plugin_manager().hook.register_carriers()
+    return {carrier.name: carrier for some in registered for carrier in some}

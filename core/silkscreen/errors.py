@@ -1,0 +1,62 @@
+"""Every error Silkscreen raises. Each message says what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SilkscreenError(Exception):
+    """The root of all errors of this library."""
+
+
+class ManifestError(SilkscreenError):
+    """A `template.toml` or `base.toml` does not say what it has to."""
+
+
+class UnknownNameError(SilkscreenError):
+    """No template, base, input or option goes by a name."""
+
+
+class UnavailableError(SilkscreenError):
+    """Something is installed but cannot be used: in conflict, incompatible, blocked or invalid."""
+
+
+class UntrustedCodeError(SilkscreenError):
+    """A folder with code was named, and nobody has said that its code may run."""
+
+
+class ContractError(SilkscreenError):
+    """A template module breaks the contract.
+
+    Attributes:
+        violations: every violation found, one sentence each.
+    """
+
+    def __init__(self, template: str, violations: Sequence[str]) -> None:
+        self.violations = list(violations)
+        listed = "\n".join(f"  - {violation}" for violation in self.violations)
+        super().__init__(f"template {template!r} cannot be used:\n{listed}")
+
+
+class WeightsError(SilkscreenError):
+    """Weights cannot be found or read, or are not those of the model."""
+
+
+class InputError(SilkscreenError):
+    """A template input is missing, unknown, of the wrong type or out of range."""
+
+
+class CacheError(SilkscreenError):
+    """A template cache does not fit the base, or several do not fit together."""
+
+
+class PipelineError(SilkscreenError):
+    """A pipeline cannot be driven by templates."""
+
+
+class BaseError(SilkscreenError):
+    """A base cannot be loaded."""
+
+
+class TrainingError(SilkscreenError):
+    """Training cannot start or go on."""

@@ -1,0 +1,157 @@
+"""Attention processors that append a template's keys and values to those of a FLUX.2 block.
+
+Shapes: B batch, N tokens, T template tokens, H heads, D head size. Template keys and values are (B or 1, T, H, D); they
+come last, after the query-key norm and RoPE, and only keys and values grow: no query sees a token added to its side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2AttnProcessor,
+    Flux2ParallelSelfAttnProcessor,
+    _get_qkv_projections,
+)
+
+from silkscreen.errors import PipelineError
+from silkscreen.flux2.sides import Sides
+
+
+class _TemplateProcessor:
+    """Runs the block's own processor, or, where the running side has keys and values for the block, adds them."""
+
+    def __init__(self, original: Any, block: str, sides: Sides) -> None:
+        self.original = original
+        self.block = block
+        self.sides = sides
+
+    def template_kv(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The running side's keys and values for this block."""
+        return (self.sides.current("kv_cache") or {}).get(self.block)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of (B, N, H, D) over the block's own tokens and the template's, flattened to (B, N, H*D)."""
+        extra_key, extra_value = (
+            extra.to(query.device, query.dtype).expand(query.shape[0], -1, -1, -1) for extra in kv
+        )
+        hidden: torch.Tensor = dispatch_attention_fn(
+            query,
+            torch.cat([key, extra_key], dim=1),
+            torch.cat([value, extra_value], dim=1),
+            attn_mask=attention_mask,
+            backend=self.original._attention_backend,
+            parallel_config=self.original._parallel_config,
+        )
+        return hidden.flatten(2, 3).to(query.dtype)
+
+
+class DoubleBlockProcessor(_TemplateProcessor):
+    """For the blocks in which picture and text have weights of their own."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        kv = self.template_kv()
+        if kv is None:
+            return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
+        query, key, value, text_query, text_key, text_value = (
+            projection.unflatten(-1, (-1, attn.head_dim)) for projection in projections
+        )
+        query = torch.cat([attn.norm_added_q(text_query), attn.norm_q(query)], dim=1)
+        key = torch.cat([attn.norm_added_k(text_key), attn.norm_k(key)], dim=1)
+        value = torch.cat([text_value, value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        hidden = self.attend(query, key, value, kv, attention_mask)
+        text, picture = hidden.split([text_query.shape[1], hidden.shape[1] - text_query.shape[1]], dim=1)
+        return attn.to_out[1](attn.to_out[0](picture)), attn.to_add_out(text)
+
+
+class SingleBlockProcessor(_TemplateProcessor):
+    """For the blocks in which picture and text run as one sequence, in parallel with the feed-forward layer."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        kv = self.template_kv()
+        if kv is None:
+            return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
+        projected = attn.to_qkv_mlp_proj(hidden_states)
+        feed_forward_size = attn.mlp_hidden_dim * attn.mlp_mult_factor
+        share = 3 * attn.inner_dim / (3 * attn.inner_dim + feed_forward_size)  # of what this rank holds
+        own = round(projected.shape[-1] * share)
+        qkv, feed_forward = projected.split([own, projected.shape[-1] - own], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        hidden = self.attend(query, key, value, kv, attention_mask)
+        return attn.to_out(torch.cat([hidden, attn.mlp_act_fn(feed_forward)], dim=-1))
+
+
+_PROCESSORS: dict[type, type[_TemplateProcessor]] = {
+    Flux2AttnProcessor: DoubleBlockProcessor,
+    Flux2ParallelSelfAttnProcessor: SingleBlockProcessor,
+}
+
+
+def attention_modules(transformer: Any) -> dict[str, Any]:
+    """Return the attention module of each block, by the block's name (`double_0`, `single_0`, ...).
+
+    Raises:
+        PipelineError: it is no FLUX.2 transformer, or its attention processors are not the standard ones.
+    """
+    try:
+        blocks = {f"double_{i}": block.attn for i, block in enumerate(transformer.transformer_blocks)}
+        blocks |= {f"single_{i}": block.attn for i, block in enumerate(transformer.single_transformer_blocks)}
+    except AttributeError as error:
+        name = type(transformer).__name__
+        raise PipelineError(f"{name} is no FLUX.2 transformer: use a diffusers FLUX.2 pipeline") from error
+    for block, attention in blocks.items():
+        if type(attention.processor) not in _PROCESSORS:
+            name = type(attention.processor).__name__
+            known = " and ".join(processor.__name__ for processor in _PROCESSORS)
+            raise PipelineError(
+                f"block {block} has the attention processor {name}, templates need {known}: "
+                "load the pipeline anew, or undo what replaced its processors"
+            )
+    return blocks
+
+
+@contextmanager
+def inject_kv(transformer: Any, sides: Sides) -> Iterator[None]:
+    """Put template processors into a transformer, and the very ones that were there back in the end."""
+    modules = attention_modules(transformer)
+    originals = {block: attention.processor for block, attention in modules.items()}
+    try:
+        for block, attention in modules.items():
+            attention.set_processor(_PROCESSORS[type(originals[block])](originals[block], block, sides))
+        yield
+    finally:
+        for block, attention in modules.items():
+            attention.set_processor(originals[block])

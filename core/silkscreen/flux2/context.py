@@ -1,0 +1,90 @@
+"""What a template sees as `pipe`: the parts of a pipeline that templates of the field use, by the field's names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import Flux2KleinPipeline
+from PIL import Image
+
+from silkscreen.bases import Base
+from silkscreen.flux2.loading import base_of
+
+TEXT_OPTIONS = ("max_sequence_length", "text_encoder_out_layers")
+"""Arguments of a pipeline's call that say how a prompt is encoded."""
+
+
+class TemplateContext:
+    """The `pipe` of `process_inputs` and `forward`.
+
+    Attributes:
+        base: the base that is driven.
+        torch_dtype, device: what the template should compute in and on.
+        tokenizer, text_encoder: the base's own.
+        vae: its VAE, whose `encode` gives latents as the transformer takes them.
+        units: helpers that templates of the field look up by class name.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self.base: Base = base_of(pipe)
+        self.torch_dtype: torch.dtype = pipe.transformer.dtype
+        self.device: torch.device = pipe._execution_device
+        self.vae = _Encoder(pipe)
+        self.units = [Flux2Unit_Qwen3PromptEmbedder()]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        return self._pipe.tokenizer
+
+    @property
+    def text_encoder(self) -> Any:
+        """The base's text encoder."""
+        return self._pipe.text_encoder
+
+    def load_models_to_device(self, names: Sequence[str]) -> None:
+        """Do nothing: diffusers and accelerate place the models."""
+
+    def preprocess_image(self, image: Image.Image) -> torch.Tensor:
+        """Return a picture as (1, 3, H, W) in [-1, 1]."""
+        pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        picture = pixels.view(1, image.height, image.width, 3).permute(0, 3, 1, 2)
+        return (picture.to(self.device, torch.float32) / 127.5 - 1).to(self.torch_dtype)
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a prompt's embeddings (B, L, joint_attention_dim) and text ids (B, L, 4), as the base takes them."""
+        options = {name: self.base.call[name] for name in TEXT_OPTIONS if name in self.base.call}
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        with torch.no_grad():
+            embeds, ids = self._pipe.encode_prompt(prompts, device=self.device, **options)
+        return embeds.to(self.torch_dtype), ids
+
+
+class _Encoder:
+    """The VAE's `encode` as templates of the field know it."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Map pictures (B, 3, H, W) in [-1, 1] to patchified, normalised latents (B, 4 channels, H/16, W/16)."""
+        vae = self._pipe.vae
+        with torch.no_grad():
+            moments = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mode()
+            latents = Flux2KleinPipeline._patchify_latents(moments)
+            mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
+            variance = vae.bn.running_var.view(1, -1, 1, 1).to(latents.device, latents.dtype)
+            result: torch.Tensor = (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+        return result
+
+
+class Flux2Unit_Qwen3PromptEmbedder:  # noqa: N801, the field looks it up by this name
+    """Encodes a prompt; found in `pipe.units` by its class name."""
+
+    def process(self, pipe: TemplateContext, prompt: str) -> Mapping[str, torch.Tensor]:
+        """Return `prompt_embeds` (1, L, joint_attention_dim) and `text_ids` (1, L, 4)."""
+        embeds, ids = pipe.encode_prompt(prompt)
+        return {"prompt_embeds": embeds, "text_ids": ids}

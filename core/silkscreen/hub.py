@@ -1,0 +1,58 @@
+"""Files and folders from the hubs, by `owner/repo[@revision]:path`, where a folder's path ends in a slash."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from silkscreen.errors import WeightsError
+
+_REFERENCE = re.compile(r"(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?:(?P<path>.+)")
+
+
+def from_modelscope(reference: str) -> Path:
+    """Return the local copy of a file or folder on ModelScope, downloaded when there is none.
+
+    Args:
+        reference: `owner/repo[@revision]:path`.
+
+    Raises:
+        WeightsError: the reference is none, or the client failed; its reason is given.
+    """
+    from modelscope.hub.file_download import model_file_download
+    from modelscope.hub.snapshot_download import snapshot_download
+
+    repo, revision, path = _parse(reference)
+    try:
+        if path.endswith("/"):
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{path}*"])) / path
+        return Path(model_file_download(repo, path, revision=revision))
+    except Exception as error:
+        raise WeightsError(f"modelscope:{reference} cannot be had: {error}") from error
+
+
+def from_huggingface(reference: str) -> Path:
+    """Return the local copy of a file or folder on Hugging Face, downloaded when there is none.
+
+    Args:
+        reference: `owner/repo[@revision]:path`.
+
+    Raises:
+        WeightsError: the reference is none, or the client failed; its reason is given.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    repo, revision, path = _parse(reference)
+    try:
+        if path.endswith("/"):
+            return Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{path}*"])) / path
+        return Path(hf_hub_download(repo, path, revision=revision))
+    except Exception as error:
+        raise WeightsError(f"hf:{reference} cannot be had: {error}") from error
+
+
+def _parse(reference: str) -> tuple[str, str | None, str]:
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise WeightsError(f"{reference!r} names nothing on a hub: write owner/repo[@revision]:path")
+    return match["repo"], match["revision"], match["path"]

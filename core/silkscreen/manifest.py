@@ -1,0 +1,270 @@
+"""`template.toml`: what a template is and which inputs it takes, told without importing it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import tomllib
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from silkscreen.errors import InputError, ManifestError, UnknownNameError
+
+INPUT_TYPES = ("number", "integer", "boolean", "text", "choice", "image", "mask", "any")
+"""Types of template inputs. `any` is for inputs read from a signature, which does not tell; a manifest may not use it."""
+
+RESERVED_NAMES = ("model_id", "pipe", "strength", "start", "end", "region")
+"""Names that a caller gives a meaning for every template; no input may use them."""
+
+
+class _Missing(enum.Enum):
+    MISSING = "no value"
+
+
+MISSING: Any = _Missing.MISSING
+"""Stands where a value could be and there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One value that a template takes.
+
+    Attributes:
+        name: the parameter of `process_inputs`.
+        type: one of `INPUT_TYPES`.
+        many: takes a list of such values.
+        minimum, maximum: inclusive bounds of a number or integer.
+        choices: what a choice chooses from.
+        default: the value when the caller gives none; `MISSING` makes the input required.
+        negative: the value that suits the negative side; `MISSING` when that is the positive side's.
+        help: what it does, in a few words.
+    """
+
+    name: str
+    type: str
+    many: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+    default: Any = MISSING
+    negative: Any = MISSING
+    help: str = ""
+
+    @property
+    def required(self) -> bool:
+        """Whether the caller has to give a value."""
+        return self.default is MISSING
+
+    @property
+    def range(self) -> str:
+        """The values it takes, for people: `0 to 1`, `red, green or blue`, or nothing."""
+        if self.choices:
+            return " | ".join(self.choices)
+        if self.minimum is not None and self.maximum is not None:
+            return f"{self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f"at least {self.minimum:g}"
+        if self.maximum is not None:
+            return f"at most {self.maximum:g}"
+        return ""
+
+    def parse(self, text: str) -> Any:
+        """Turn what was typed on a command line into a value.
+
+        Pictures are opened from their path. A list is separated by commas.
+
+        Raises:
+            InputError: it is no such value.
+        """
+        if self.many:
+            return [dataclasses.replace(self, many=False).parse(part) for part in text.split(",")]
+        if self.type in ("number", "integer"):
+            try:
+                return int(text) if self.type == "integer" else float(text)
+            except ValueError:
+                raise self._mismatch(text) from None
+        if self.type == "boolean":
+            words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+            if text.lower() not in words:
+                raise self._mismatch(text)
+            return words[text.lower()]
+        if self.type in ("image", "mask"):
+            return _open_picture(self.name, text, "L" if self.type == "mask" else "RGB")
+        if self.type == "any":
+            try:
+                return tomllib.loads(f"value = {text}")["value"]
+            except tomllib.TOMLDecodeError:
+                return text
+        return text
+
+    def check(self, value: Any) -> Any:
+        """Return the value, made exact in type, or say what is wrong with it.
+
+        Raises:
+            InputError: the value is of another type or out of range.
+        """
+        if self.many:
+            values = value if isinstance(value, list | tuple) else [value]
+            return [dataclasses.replace(self, many=False).check(each) for each in values]
+        if self.type in ("number", "integer"):
+            return self._check_number(value)
+        if self.type == "boolean" and not isinstance(value, bool):
+            raise self._mismatch(value)
+        if self.type in ("text", "choice") and not isinstance(value, str):
+            raise self._mismatch(value)
+        if self.type == "choice" and value not in self.choices:
+            raise InputError(f"{self.name}={value!r}: choose one of {', '.join(self.choices)}")
+        if self.type in ("image", "mask"):
+            from PIL import Image
+
+            if not isinstance(value, Image.Image):
+                raise self._mismatch(value)
+        return value
+
+    def _check_number(self, value: Any) -> float | int:
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not isinstance(value, int | float) or (self.type == "integer" and not whole):
+            raise self._mismatch(value)
+        low = self.minimum is not None and value < self.minimum
+        high = self.maximum is not None and value > self.maximum
+        if low or high or value != value:
+            raise InputError(f"{self.name}={value!r} is out of range: it goes from {self.range}")
+        return int(value) if self.type == "integer" else float(value)
+
+    def _mismatch(self, value: Any) -> InputError:
+        kind = {"image": "a picture (PIL.Image)", "mask": "a mask picture (PIL.Image)", "any": "a value"}
+        wanted = kind.get(self.type, f"a value of type {self.type}")
+        return InputError(f"{self.name}={value!r}: expected {wanted}, got {type(value).__name__}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a template says about itself.
+
+    Attributes:
+        title, summary: for people.
+        bases: ids of the bases it was trained for; empty when it does not say.
+        carriers: names of the carriers its cache holds.
+        inputs: its inputs by name; None when it does not say, and they are read from the code.
+    """
+
+    title: str
+    summary: str = ""
+    bases: tuple[str, ...] = ()
+    carriers: tuple[str, ...] = ()
+    inputs: Mapping[str, Input] | None = None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a `template.toml`.
+
+    Raises:
+        ManifestError: with everything that is wrong in it.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: not a TOML file: {error}") from error
+    problems: list[str] = []
+    known = {"title", "summary", "bases", "carriers", "inputs"}
+    problems += [f"unknown key {key!r}: known are {', '.join(sorted(known))}" for key in data.keys() - known]
+    for key in ("title", "summary"):
+        if not isinstance(data.get(key, ""), str):
+            problems.append(f"{key} has to be text")
+    for key in ("bases", "carriers"):
+        if not _is_list_of_text(data.get(key, [])):
+            problems.append(f"{key} has to be a list of text")
+    tables = data.get("inputs")
+    inputs: dict[str, Input] | None = None
+    if tables is not None and not isinstance(tables, dict):
+        problems.append("inputs has to be a table, one [inputs.NAME] for each input")
+    elif tables is not None:
+        inputs = {name: _read_input(name, table, problems) for name, table in tables.items()}
+    if problems:
+        raise ManifestError(f"{path}: " + "; ".join(problems))
+    return Manifest(
+        title=data.get("title", ""),
+        summary=data.get("summary", ""),
+        bases=tuple(data.get("bases", ())),
+        carriers=tuple(data.get("carriers", ())),
+        inputs=inputs,
+    )
+
+
+def check_values(inputs: Mapping[str, Input], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Check values against inputs and fill in defaults.
+
+    Raises:
+        UnknownNameError: a value has no input; the nearest one is named.
+        InputError: a value is missing, of another type or out of range.
+    """
+    for name in values:
+        if name not in inputs:
+            raise UnknownNameError(unknown_name("input", name, inputs))
+    checked = {}
+    for name, spec in inputs.items():
+        if name in values:
+            checked[name] = spec.check(values[name])
+        elif spec.required:
+            raise InputError(f"input {name!r} ({spec.type}) is missing: {spec.help or 'give it a value'}")
+        elif spec.default is not None:
+            checked[name] = spec.default
+    return checked
+
+
+def unknown_name(kind: str, name: str, known: Mapping[str, Any] | list[str]) -> str:
+    """Return the message for a name nobody goes by: the nearest known ones, or all of them."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
+    if near:
+        return f"unknown {kind} {name!r}: did you mean {' or '.join(map(repr, near))}?"
+    return f"unknown {kind} {name!r}: known are {', '.join(names) or 'none'}"
+
+
+def _read_input(name: str, table: Any, problems: list[str]) -> Input:
+    where = f"[inputs.{name}]"
+    if not isinstance(table, dict):
+        problems.append(f"{where} has to be a table")
+        return Input(name, "text")
+    known = {field.name for field in dataclasses.fields(Input)} - {"name"}
+    problems += [f"{where} unknown key {key!r}: known are {', '.join(sorted(known))}" for key in table.keys() - known]
+    if name in RESERVED_NAMES or not name.isidentifier():
+        problems.append(f"{where} may not have this name: it is reserved or no identifier")
+    if table.get("type") not in INPUT_TYPES[:-1]:
+        problems.append(f"{where} type is {table.get('type')!r}: it has to be one of {', '.join(INPUT_TYPES[:-1])}")
+        return Input(name, "text")
+    if table["type"] == "choice" and not (table.get("choices") and _is_list_of_text(table["choices"])):
+        problems.append(f"{where} a choice needs choices, a list of text")
+        return Input(name, "text")
+    given = {key: value for key, value in table.items() if key in known}
+    result = Input(name, **{**given, "choices": tuple(given.get("choices", ()))})
+    for key in ("minimum", "maximum"):
+        bound = table.get(key)
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float)):
+            problems.append(f"{where} {key} has to be a number")
+            return Input(name, "text")
+    for key in ("default", "negative"):
+        if key in table:
+            try:
+                result.check(table[key])
+            except InputError as error:
+                problems.append(f"{where} {key}: {error}")
+    return result
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
+def _open_picture(name: str, path: str, mode: str) -> Any:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert(mode)
+    except FileNotFoundError:
+        raise InputError(f"{name}={path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{name}={path}: not a picture that Pillow reads ({error})") from error

@@ -1,0 +1,227 @@
+"""`TemplatePipeline`: loads templates, composes their caches, and drives a base with them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from silkscreen import registry
+from silkscreen.bases import Base
+from silkscreen.cache import ConflictPolicy, TemplateCache, inject, merge
+from silkscreen.errors import CacheError, InputError, PipelineError, SilkscreenError, UnknownNameError
+from silkscreen.flux2.attention import attention_modules
+from silkscreen.flux2.context import TemplateContext
+from silkscreen.flux2.loading import base_of
+from silkscreen.manifest import MISSING, check_values, unknown_name
+from silkscreen.template import Template, find_template
+
+TemplateInput = Mapping[str, Any]
+"""The values for one template: `{"model_id": "brightness", "scale": 0.8}`."""
+
+
+class TemplatePipeline:
+    """Several templates, ready to be composed in the calls of any FLUX.2 pipeline.
+
+    Args:
+        templates: names that `silkscreen list` shows, folders with a `model.py`, or `Template` objects.
+        trust_code: allow the code in folders to be executed.
+
+    Raises:
+        UnknownNameError, UnavailableError, UntrustedCodeError, ContractError: a template cannot be used.
+        InputError: two templates have the same name.
+    """
+
+    def __init__(
+        self, templates: str | Path | Template | Sequence[str | Path | Template], *, trust_code: bool = False
+    ) -> None:
+        if isinstance(templates, str | Path | Template):
+            templates = [templates]
+        self.templates = [find_template(template, trust_code=trust_code) for template in templates]
+        names = [template.name for template in self.templates]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise InputError(
+                f"templates are named twice: {', '.join(sorted(twice))}; once is enough for any number of inputs"
+            )
+        self._models: dict[tuple[str, str, torch.dtype, torch.device], nn.Module] = {}
+
+    def __call__(
+        self,
+        pipe: Any,
+        *,
+        template_inputs: Sequence[TemplateInput] = (),
+        negative_template_inputs: Sequence[TemplateInput] | Literal["default"] | None = None,
+        on_conflict: ConflictPolicy = "error",
+        seed: int | None = None,
+        **arguments: Any,
+    ) -> Any:
+        """Call a pipeline with the templates' caches in it.
+
+        Args:
+            pipe: a diffusers FLUX.2 pipeline. It is left as it was, also when the call fails.
+            template_inputs: the values for each template that takes part, with its `model_id`: its name, or its index
+                in `templates`. It may be left out when only one is loaded. A template may be used more than once.
+            negative_template_inputs: the same for the negative side of guidance, which runs bare when there are none.
+                `"default"` takes the positive ones with the negative values of the manifests.
+            on_conflict: what happens when two templates give the same pipeline argument: `error`, or the `first` or
+                `last` one is taken.
+            seed: makes a CPU generator of this seed the call's `generator`.
+            **arguments: go to the pipeline as they are; where they are left out, the base's own defaults are filled in.
+
+        Returns:
+            What the pipeline returns.
+
+        Raises:
+            UnknownNameError, InputError: the template inputs are wrong.
+            CacheError: a template's cache does not fit the base, or several do not fit together.
+            PipelineError: the pipeline cannot be driven by templates.
+        """
+        base = base_of(pipe)
+        attention_modules(pipe.transformer)
+        arguments = self._complete(pipe, base, arguments, seed)
+        if isinstance(negative_template_inputs, str):
+            negative_template_inputs = self.default_negatives(template_inputs) if _has_negative(pipe, arguments) else []
+        elif negative_template_inputs and not _has_negative(pipe, arguments):
+            raise PipelineError(
+                f"negative_template_inputs have no effect: {base.id} runs no negative side in this call "
+                "(it is distilled, or guidance_scale is at most 1): leave them out"
+            )
+        _warn_of_unknown_words(base, arguments)
+        positive = self.compose(pipe, template_inputs, on_conflict=on_conflict)
+        negative = self.compose(pipe, negative_template_inputs or (), on_conflict=on_conflict)
+        arguments |= _pipeline_arguments(pipe, positive, arguments)
+        hooks = registry.plugin_manager().hook
+        hooks.before_generate(pipe=pipe, arguments=arguments)
+        with inject(pipe, positive, negative):
+            result = pipe(**arguments)
+        hooks.after_generate(pipe=pipe, arguments=arguments, result=result)
+        return result
+
+    @torch.no_grad()
+    def compose(
+        self, pipe: Any, template_inputs: Sequence[TemplateInput], *, on_conflict: ConflictPolicy = "error"
+    ) -> TemplateCache:
+        """Run the templates on their inputs and compose what they return into one cache.
+
+        Raises:
+            UnknownNameError, InputError: the template inputs are wrong.
+            CacheError: a template's cache does not fit the base, or several do not fit together.
+        """
+        requests = self.check_inputs(template_inputs)
+        if not requests:
+            return TemplateCache({}, {}, "")
+        context = TemplateContext(pipe)
+        caches = []
+        for template, values in requests:
+            model = self._model(template, context)
+            processed = model.process_inputs(pipe=context, **values)
+            cache = TemplateCache.from_result(model(pipe=context, **processed), template.name)
+            cache.check(context.base)
+            caches.append(cache)
+        return merge(caches, on_conflict)
+
+    def check_inputs(self, template_inputs: Sequence[TemplateInput]) -> list[tuple[Template, dict[str, Any]]]:
+        """Return, for each template input, its template and its values, checked and completed.
+
+        Raises:
+            UnknownNameError, InputError: a template or a value is unknown, missing, of another type or out of range.
+        """
+        if isinstance(template_inputs, Mapping):
+            template_inputs = [template_inputs]
+        requests = []
+        for index, given in enumerate(template_inputs):
+            values = dict(given)
+            template = self._find(values.pop("model_id", None), index)
+            try:
+                requests.append((template, check_values(template.inputs, values)))
+            except SilkscreenError as error:
+                raise type(error)(f"template_inputs[{index}] for {template.name!r}: {error}") from None
+        return requests
+
+    def default_negatives(self, template_inputs: Sequence[TemplateInput]) -> list[TemplateInput]:
+        """Return the inputs that suit the negative side: the same, but with the negative values of the manifests.
+
+        A template whose manifest gives no negative value has no part in the negative side.
+        """
+        negatives: list[TemplateInput] = []
+        for template, values in self.check_inputs(template_inputs):
+            changed = {name: spec.negative for name, spec in template.inputs.items() if spec.negative is not MISSING}
+            if changed:
+                negatives.append({"model_id": template.name, **values, **changed})
+        return negatives
+
+    def _find(self, model_id: Any, index: int) -> Template:
+        names = [template.name for template in self.templates]
+        if model_id is None:
+            if len(self.templates) == 1:
+                return self.templates[0]
+            raise InputError(f"template_inputs[{index}] has no model_id: it is one of {', '.join(names)}")
+        if isinstance(model_id, int):
+            if not 0 <= model_id < len(names):
+                raise UnknownNameError(
+                    f"template_inputs[{index}]: model_id {model_id} of {len(names)} templates, from 0"
+                )
+            return self.templates[model_id]
+        if model_id not in names:
+            raise UnknownNameError(f"template_inputs[{index}]: {unknown_name('model_id', str(model_id), names)}")
+        return self.templates[names.index(model_id)]
+
+    def _model(self, template: Template, context: TemplateContext) -> nn.Module:
+        key = (template.name, context.base.id, context.torch_dtype, context.device)
+        if key not in self._models:
+            self._models[key] = template.load(context.base.id, dtype=context.torch_dtype, device=context.device)
+        return self._models[key]
+
+    @staticmethod
+    def _complete(pipe: Any, base: Base, arguments: dict[str, Any], seed: int | None) -> dict[str, Any]:
+        accepted = inspect.signature(type(pipe).__call__).parameters
+        for name in arguments:
+            if name not in accepted:
+                raise InputError(f"{type(pipe).__name__}: {unknown_name('argument', name, accepted)}")
+        if seed is not None:
+            if arguments.get("generator") is not None:
+                raise InputError("seed and generator were both given: leave one out")
+            arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
+        return {**{name: value for name, value in base.call.items() if name in accepted}, **arguments}
+
+
+def _has_negative(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether the call runs a negative side, as `do_classifier_free_guidance` of diffusers' pipelines tells it."""
+    guided = hasattr(type(pipe), "do_classifier_free_guidance") and not pipe.config.get("is_distilled", False)
+    scale = arguments.get("guidance_scale", inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)
+    return guided and scale > 1
+
+
+def _pipeline_arguments(pipe: Any, cache: TemplateCache, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    for name in cache.arguments:
+        if name not in accepted:
+            raise CacheError(
+                f"template {cache.source!r} returned {name!r}, which is neither a carrier nor an argument of "
+                f"{type(pipe).__name__}: use a pipeline that takes it, or install the plugin that brings the carrier"
+            )
+        if given.get(name) is not None:
+            raise CacheError(
+                f"template {cache.source!r} gives the argument {name!r}, and so does the call: leave one out"
+            )
+    return cache.arguments
+
+
+def _warn_of_unknown_words(base: Base, arguments: Mapping[str, Any]) -> None:
+    if not base.vocabulary:
+        return
+    prompt = arguments.get("prompt") or ""
+    text = prompt if isinstance(prompt, str) else " ".join(prompt)
+    unknown = [word for word in re.findall(r"\w+", text.lower()) if word not in base.vocabulary]
+    if unknown:
+        warnings.warn(
+            f"{base.id} does not know {', '.join(dict.fromkeys(unknown))}; it knows {', '.join(base.vocabulary)}",
+            stacklevel=3,
+        )

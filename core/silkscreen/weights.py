@@ -1,0 +1,135 @@
+"""Where a template's weights are, and how they are read: memory-mapped, into a model that was never allocated twice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from silkscreen import registry
+from silkscreen.errors import WeightsError
+from silkscreen.manifest import unknown_name
+
+_BYTES_MAPPED_AT_ONCE = 64 * 2**20
+"""A file is mapped anew after so many bytes are converted, so that pages already read do not count as memory in use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """One safetensors file and the shapes of the tensors in it, by name."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def locate(reference: str, folder: Path) -> Path:
+    """Return the local file or folder of a weight path.
+
+    Args:
+        reference: a path relative to `folder`, or a source such as `hf:owner/repo@revision:file`.
+        folder: the folder of the template's module, or of the base.
+
+    Raises:
+        WeightsError: the path is absolute, leaves the folder or does not exist; the source is unknown.
+    """
+    scheme, separator, rest = reference.partition(":")
+    absolute = PurePosixPath(reference).is_absolute() or PureWindowsPath(reference).is_absolute()
+    if separator and not absolute:
+        sources: dict[str, Callable[[str], Path]] = {}
+        for registered in registry.plugin_manager().hook.register_weight_sources():
+            sources |= registered
+        if scheme not in sources:
+            raise WeightsError(f"weight path {reference!r}: {unknown_name('source', scheme, sources)}")
+        return sources[scheme](rest)
+    if absolute:
+        raise WeightsError(f"weight path {reference!r} is absolute: make it relative to {folder}")
+    path = folder / reference
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise WeightsError(f"weight path {reference!r} leaves {folder}: move the file into the folder")
+    if not path.exists():
+        raise WeightsError(f"weight path {reference!r}: there is no {path}")
+    return path
+
+
+def inspect(path: Path) -> TensorFile:
+    """Read the header of a safetensors file.
+
+    Raises:
+        WeightsError: the file is no safetensors, or is cut short.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return TensorFile(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} is not a whole safetensors file ({error}): save it again with safetensors"
+        ) from error
+
+
+def differences(model: nn.Module, files: Sequence[TensorFile]) -> list[str]:
+    """Return how the tensors of the files differ from those of a model, one sentence each; none when they fit."""
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    problems = []
+    for file in files:
+        problems += [f"{file.path}: {name} is also in another file" for name in file.shapes.keys() & found.keys()]
+        found |= file.shapes
+        problems += [f"{file.path}: unexpected tensor {name}" for name in sorted(file.shapes.keys() - wanted.keys())]
+        problems += [
+            f"{file.path}: {name} has shape {list(shape)}, the model wants {list(wanted[name])}"
+            for name, shape in file.shapes.items()
+            if name in wanted and shape != wanted[name]
+        ]
+    where = ", ".join(str(file.path) for file in files)
+    problems += [f"{where}: tensor {name} is missing" for name in sorted(wanted.keys() - found.keys())]
+    return problems
+
+
+def build_empty(construct: Callable[[], nn.Module]) -> nn.Module:
+    """Construct a model whose parameters take no memory, where its constructor allows that; a plain one otherwise."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return construct()
+    except Exception:
+        return construct()
+
+
+def load(
+    construct: Callable[[], nn.Module], files: Sequence[TensorFile], *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Build a model and give it the tensors of the files, which have to fit it (see `differences`).
+
+    Tensors that already have the dtype and stay on the CPU are used where they are mapped; others are converted one by
+    one, so that memory never holds much more than the weights at the wanted dtype.
+    """
+    model = build_empty(construct)
+    _assign(model, files, dtype, device)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model = construct()
+        _assign(model, files, dtype, device)
+    return model.to(device)
+
+
+def _assign(model: nn.Module, files: Sequence[TensorFile], dtype: torch.dtype, device: torch.device) -> None:
+    tensors = {name: value for file in files for name, value in _read(file, dtype, device)}
+    model.load_state_dict(tensors, strict=False, assign=True)
+
+
+def _read(file: TensorFile, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    names = list(file.shapes)
+    while names:
+        mapped = 0
+        with safe_open(file.path, framework="pt", device=str(device)) as tensors:
+            while names and mapped < _BYTES_MAPPED_AT_ONCE:
+                name = names.pop(0)
+                value = tensors.get_tensor(name)
+                if value.is_floating_point() and value.dtype != dtype:
+                    mapped += value.nbytes
+                    value = value.to(dtype)
+                yield name, value
+                del value
