@@ -31,7 +31,8 @@ class Average:
 
 def save(path: Path, step: int, model: torch.nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> None:
     """Write the state after `step` steps; the file appears whole or not at all."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    kept = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # tied parameters once
+    tensors = {f"model.{name}": value for name, value in kept.items()}
     tensors |= {f"average.{name}": value for name, value in average.values.items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
@@ -47,7 +48,7 @@ def load(path: Path, model: torch.nn.Module, average: Average, optimizer: torch.
     with safe_open(path, framework="pt") as file:
         step = int(file.metadata()["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    model.load_state_dict(_under("model.", tensors))
+    model.load_state_dict(_under("model.", tensors), strict=False)
     average.values = _under("average.", tensors)
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in _under("optimizer.", tensors).items():

@@ -25,7 +25,7 @@ from train_vae import build as build_vae
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SEED = 2
-STEPS = 8_500
+STEPS = 5_000
 BATCH = 48
 SCENES = 32_000
 LEARNING_RATE = 1.5e-3
