@@ -119,6 +119,12 @@ def read_base(base_id: str, folder: Path, distribution: str) -> Base:
         raise ManifestError(f"{path}: {error}") from error
 
 
+def rescan() -> None:
+    """Forget what is known, so that bases and other distributions installed since are seen."""
+    registry.rescan()
+    _scan.cache_clear()
+
+
 @cache
 def _scan() -> dict[str, Base | str]:
     """Read every base once: entry points first, then what hooks add."""

@@ -1,0 +1,77 @@
+"""Random FLUX.2 pipelines small enough for a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+)
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+CALL: dict[str, Any] = {
+    "height": 32,
+    "width": 32,
+    "num_inference_steps": 2,
+    "guidance_scale": 4.0,
+    "max_sequence_length": 6,
+    "text_encoder_out_layers": (1, 2),
+    "output_type": "np",
+}
+"""Arguments of the pipeline's call that suit it."""
+
+
+def build_pipeline(pipeline: type = Flux2KleinPipeline, **config: Any) -> Any:
+    """Return a klein pipeline of random weights, the same at every call."""
+    torch.manual_seed(0)
+    words = Tokenizer(WordLevel({"[pad]": 0, "[unk]": 1, "red": 2, "blue": 3}, unk_token="[unk]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[pad]", unk_token="[unk]")
+    tokenizer.chat_template = "{{ messages[0]['content'] }} red"
+    pipe = pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=2,
+            mid_block_add_attention=False,
+            sample_size=32,
+        ),
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=4,
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                head_dim=8,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        **config,
+    )
+    pipe.text_encoder.eval()
+    pipe.vae.eval()
+    pipe.transformer.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
