@@ -78,8 +78,9 @@ def find(group: str, name: str) -> Entry:
     if not candidates:
         known = [e.qualified_name if qualified else e.name for e in entries(group)]
         raise UnknownNameError(unknown_name(kind, name, known))
-    entry = candidates[0]
-    if entry.status == "ok" or (entry.status == "conflict" and qualified):
+    usable = ("ok", "conflict") if qualified else ("ok",)
+    entry = next((candidate for candidate in candidates if candidate.status in usable), candidates[0])
+    if entry.status in usable:
         return entry
     raise UnavailableError(f"{kind} {name!r} ({entry.distribution} {entry.version}) is {entry.status}: {entry.reason}")
 

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from silkscreen.bases import Base, Geometry
+from silkscreen.cache import TemplateCache, merge
+from silkscreen.errors import CacheError
+
+MakeKV = Callable[..., dict[str, Any]]
+
+BASE = Base("flux2-small", "", "", "Flux2KleinPipeline", False, {}, Geometry(2, 2, 2, 16, 32), {}, (), Path(), "")
+
+
+def cache(kv: Any, source: str = "x") -> TemplateCache:
+    return TemplateCache.from_result({"kv_cache": kv}, source)
+
+
+def test_a_fitting_cache_passes(small_kv: MakeKV) -> None:
+    cache(small_kv("double_0", "single_1", batch=2)).check(BASE)
+
+
+def test_a_block_the_base_has_not_is_named(small_kv: MakeKV) -> None:
+    with pytest.raises(CacheError, match=r"template 'x': kv_cache\['single_31'\]: flux2-small has 2 single blocks"):
+        cache(small_kv("single_31")).check(BASE)
+
+
+def test_heads_and_head_size_are_compared_with_the_base() -> None:
+    kv = {"double_0": (torch.zeros(1, 3, 4, 16), torch.zeros(1, 3, 2, 8))}
+    with pytest.raises(CacheError) as caught:
+        cache(kv).check(BASE)
+    assert "K has shape [1, 3, 4, 16], flux2-small wants (batch, tokens, 2, 16)" in str(caught.value)
+    assert "V has shape [1, 3, 2, 8]" in str(caught.value)
+
+
+def test_keys_and_values_of_different_length_are_refused() -> None:
+    with pytest.raises(CacheError, match="they have to be equal"):
+        cache({"double_0": (torch.zeros(1, 3, 2, 16), torch.zeros(1, 4, 2, 16))}).check(BASE)
+
+
+def test_blocks_of_different_batch_are_refused(small_kv: MakeKV) -> None:
+    with pytest.raises(CacheError, match=r"differ in batch: \[2, 3\]"):
+        cache(small_kv("double_0", batch=2) | small_kv("double_1", batch=3)).check(BASE)
+
+
+def test_what_is_no_dict_of_tensors_is_refused() -> None:
+    with pytest.raises(CacheError, match="expected a dict of block names, got list"):
+        cache([]).check(BASE)
+    with pytest.raises(CacheError, match=r"expected two tensors \(K, V\), got int"):
+        cache({"double_0": 3}).check(BASE)
+    with pytest.raises(CacheError, match="forward returned Tensor"):
+        TemplateCache.from_result(torch.zeros(1), "x")
+
+
+def test_merging_concatenates_tokens_in_order_block_by_block(small_kv: MakeKV) -> None:
+    one, two = small_kv("double_0", "single_0", seed=1), small_kv("single_0", tokens=2, seed=2)
+    merged = merge([cache(one), cache(two)]).fields["kv_cache"]
+    assert list(merged) == ["double_0", "single_0"]
+    assert torch.equal(merged["double_0"][0], one["double_0"][0])
+    for part in (0, 1):
+        assert torch.equal(merged["single_0"][part], torch.cat([one["single_0"][part], two["single_0"][part]], dim=1))
+
+
+def test_merging_repeats_a_batch_of_one(small_kv: MakeKV) -> None:
+    one, two = small_kv("single_0", batch=1), small_kv("single_0", batch=2, seed=2)
+    key, _ = merge([cache(one), cache(two)]).fields["kv_cache"]["single_0"]
+    assert key.shape == (2, 6, 2, 16)
+    assert torch.equal(key[0, :3], key[1, :3])
+
+
+def test_a_pipeline_argument_given_twice_is_a_conflict_unless_a_policy_chooses() -> None:
+    caches = [TemplateCache.from_result({"strength": value}, name) for name, value in (("a", 1), ("b", 2))]
+    with pytest.raises(CacheError, match="'a' and 'b' both give the pipeline argument 'strength'"):
+        merge(caches)
+    assert merge(caches, "first").arguments == {"strength": 1}
+    assert merge(caches, "last").arguments == {"strength": 2}
+
+
+def test_a_saved_cache_is_the_same_when_loaded(small_kv: MakeKV, tmp_path: Path) -> None:
+    kv = small_kv("double_0", "single_1")
+    cache(kv).save(tmp_path / "c.safetensors")
+    loaded = TemplateCache.load(tmp_path / "c.safetensors")
+    assert loaded.source == "x"
+    assert loaded.fields["kv_cache"].keys() == kv.keys()
+    assert all(torch.equal(loaded.fields["kv_cache"][b][p], kv[b][p]) for b in kv for p in (0, 1))
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        cache(kv).save(tmp_path / "c.safetensors")
+
+
+def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.safetensors").write_text("no")
+    with pytest.raises(CacheError, match=r"c\.safetensors is no saved template cache"):
+        TemplateCache.load(tmp_path / "c.safetensors")

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import Flux2KleinKVPipeline
+from diffusers.models.embeddings import apply_rotary_emb
+from silkscreen import TemplatePipeline
+from silkscreen.cache import TemplateCache, inject
+from silkscreen.errors import CacheError, InputError, PipelineError, UnknownNameError
+from small_flux2 import CALL, build_pipeline
+
+MakeKV = Callable[..., dict[str, Any]]
+
+
+def cache(kv: Any) -> TemplateCache:
+    return TemplateCache.from_result({"kv_cache": kv}, "x")
+
+
+EMPTY = TemplateCache({}, {}, "")
+
+
+def draw(pipe: Any, **arguments: Any) -> np.ndarray:
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipe(**{**CALL, "prompt": "red", "generator": generator, **arguments}).images)
+
+
+@pytest.fixture
+def transformer_inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 4, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 6, 32, generator=generator),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(2), torch.arange(1)),
+        "txt_ids": torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(6)),
+        "return_dict": False,
+    }
+
+
+def naive_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv: Any) -> torch.Tensor:
+    """Softmax attention over a block's own tokens and the template's, written out head by head."""
+    key, value = (torch.cat([own, extra.expand(2, -1, -1, -1)], 1) for own, extra in zip((key, value), kv, strict=True))
+    heads = []
+    for head in range(query.shape[2]):
+        scores = query[:, :, head] @ key[:, :, head].transpose(1, 2) / query.shape[3] ** 0.5
+        heads.append(scores.softmax(dim=-1) @ value[:, :, head])
+    return torch.cat(heads, dim=-1)
+
+
+@pytest.mark.parametrize("block", ["double_0", "single_0"])
+@torch.no_grad()
+def test_injected_attention_equals_a_naive_one(
+    block: str, small_pipe: Any, small_kv: MakeKV, transformer_inputs: dict[str, Any]
+) -> None:
+    kind, _, index = block.partition("_")
+    blocks = {"double": small_pipe.transformer.transformer_blocks, "single": small_pipe.transformer.single_transformer_blocks}
+    attention = blocks[kind][int(index)].attn
+    calls: list[Any] = []
+    hook = attention.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
+    kv = small_kv(block)
+    with inject(small_pipe, cache(kv), EMPTY):
+        small_pipe.transformer(**transformer_inputs)
+    hook.remove()
+    _, _, given, result = calls[0]
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (2, 16))
+
+    hidden = given["hidden_states"]
+    if kind == "double":
+        text = given["encoder_hidden_states"]
+        query = torch.cat([attention.norm_added_q(split(attention.add_q_proj(text))), attention.norm_q(split(attention.to_q(hidden)))], 1)
+        key = torch.cat([attention.norm_added_k(split(attention.add_k_proj(text))), attention.norm_k(split(attention.to_k(hidden)))], 1)
+        value = torch.cat([split(attention.add_v_proj(text)), split(attention.to_v(hidden))], 1)
+    else:
+        query, key, value, gate, up = attention.to_qkv_mlp_proj(hidden).split([32, 32, 32, 96, 96], dim=-1)
+        query, key, value = attention.norm_q(split(query)), attention.norm_k(split(key)), split(value)
+    rotary = given["image_rotary_emb"]
+    attended = naive_attention(
+        apply_rotary_emb(query, rotary, sequence_dim=1), apply_rotary_emb(key, rotary, sequence_dim=1), value, kv[block]
+    )
+    if kind == "double":
+        torch.testing.assert_close(result[0], attention.to_out[0](attended[:, 6:]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(result[1], attention.to_add_out(attended[:, :6]), atol=1e-5, rtol=1e-5)
+    else:
+        expected = attention.to_out(torch.cat([attended, F.silu(gate) * up], dim=-1))
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_side_of_guidance_has_its_own_cache(small_pipe: Any, small_kv: MakeKV) -> None:
+    kv = cache(small_kv("double_0", "single_1"))
+    bare = draw(small_pipe)
+    with inject(small_pipe, kv, EMPTY):
+        positive = draw(small_pipe)
+        unguided = draw(small_pipe, guidance_scale=1.0)
+    with inject(small_pipe, EMPTY, kv):
+        negative = draw(small_pipe)
+        other_unguided = draw(small_pipe, guidance_scale=1.0)
+    assert len({picture.tobytes() for picture in (bare, positive, negative)}) == 3
+    assert not np.array_equal(unguided, other_unguided)
+    assert np.array_equal(other_unguided, draw(small_pipe, guidance_scale=1.0))
+
+
+def test_a_batch_has_the_cache_in_every_picture(small_pipe: Any, small_kv: MakeKV) -> None:
+    latents = torch.randn(1, 16, 2, 2, generator=torch.Generator().manual_seed(3))
+    with inject(small_pipe, cache(small_kv("double_0", "single_0")), EMPTY):
+        one = draw(small_pipe, latents=latents)
+        two = draw(small_pipe, latents=latents.repeat(2, 1, 1, 1), num_images_per_prompt=2)
+    np.testing.assert_allclose(two, np.repeat(one, 2, axis=0), atol=1e-5)
+
+
+def test_a_call_leaves_no_trace(small_pipe: Any, constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    processors = dict(small_pipe.transformer.attn_processors)
+    before = draw(small_pipe)
+    with_template = templates(small_pipe, prompt="red", seed=0, template_inputs=[{"scale": 5.0}], **CALL).images
+    assert not np.array_equal(before, with_template)
+    assert all(small_pipe.transformer.attn_processors[name] is p for name, p in processors.items())
+    assert "cache_context" not in vars(small_pipe.transformer)
+    assert np.array_equal(before, draw(small_pipe))
+
+
+def test_a_failed_call_leaves_no_trace(small_pipe: Any, constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    processors = dict(small_pipe.transformer.attn_processors)
+    before = draw(small_pipe)
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        templates(small_pipe, prompt="red", seed=0, template_inputs=[{}], callback_on_step_end=fail, **CALL)
+    assert all(small_pipe.transformer.attn_processors[name] is p for name, p in processors.items())
+    assert np.array_equal(before, draw(small_pipe))
+
+
+def test_without_templates_a_call_is_the_pipelines_own(small_pipe: Any, constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    assert np.array_equal(draw(small_pipe), templates(small_pipe, prompt="red", seed=0, **CALL).images)
+
+
+def test_a_template_used_twice_counts_twice(small_pipe: Any, constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    composed = templates.compose(small_pipe, [{"scale": 1.0}, {"model_id": 0, "scale": 3.0}])
+    key, value = composed.fields["kv_cache"]["single_1"]
+    assert key.shape[1] == 4
+    assert value[0, :, 0, 0].tolist() == [1.0, 1.0, 3.0, 3.0]
+
+
+def test_wrong_names_get_the_nearest_right_ones(small_pipe: Any, constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    with pytest.raises(UnknownNameError, match=r"template_inputs\[0\] for 'constant': unknown input 'scael'"):
+        templates(small_pipe, prompt="red", template_inputs=[{"scael": 1}], **CALL)
+    with pytest.raises(UnknownNameError, match="unknown model_id 'constnat': did you mean 'constant'"):
+        templates(small_pipe, prompt="red", template_inputs=[{"model_id": "constnat"}], **CALL)
+    with pytest.raises(UnknownNameError, match="model_id 1 of 1 templates"):
+        templates(small_pipe, prompt="red", template_inputs=[{"model_id": 1}], **CALL)
+    with pytest.raises(InputError, match="unknown argument 'promt': did you mean 'prompt'"):
+        templates(small_pipe, promt="red")
+
+
+def test_a_cache_for_another_geometry_is_refused_before_anything_runs(small_pipe: Any, constant_folder: Path) -> None:
+    model = (constant_folder / "model.py").read_text().replace("head_dim=16", "head_dim=8")
+    (constant_folder / "model.py").write_text(model)
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    with pytest.raises(CacheError, match=r"'constant': kv_cache\['single_1'\]: K has shape \[1, 2, 2, 8\]"):
+        templates(small_pipe, prompt="red", template_inputs=[{}], **CALL)
+
+
+def test_negative_inputs_that_would_have_no_effect_are_refused(constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    for pipe, guidance in ((build_pipeline(is_distilled=True), 4.0), (build_pipeline(), 1.0)):
+        with pytest.raises(PipelineError, match="no negative side"):
+            templates(pipe, prompt="red", negative_template_inputs=[{}], **{**CALL, "guidance_scale": guidance})
+
+
+def test_a_field_that_is_neither_carrier_nor_argument_is_refused(small_pipe: Any, constant_folder: Path) -> None:
+    model = (constant_folder / "model.py").read_text().replace('"kv_cache":', '"kv_cash":')
+    (constant_folder / "model.py").write_text(model)
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    with pytest.raises(CacheError, match="'kv_cash', which is neither a carrier nor an argument"):
+        templates(small_pipe, prompt="red", template_inputs=[{}], **CALL)
+
+
+def test_a_template_may_give_an_argument_of_the_call(small_pipe: Any, constant_folder: Path) -> None:
+    model = (constant_folder / "model.py").read_text()
+    (constant_folder / "model.py").write_text(model.replace('return {"kv_cache"', 'return {"height": 64, "kv_cache"'))
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    arguments = {name: value for name, value in CALL.items() if name != "height"}
+    assert templates(small_pipe, prompt="red", template_inputs=[{}], **arguments).images.shape[1] == 64
+    with pytest.raises(CacheError, match="'height', and so does the call"):
+        templates(small_pipe, prompt="red", template_inputs=[{}], **CALL)
+
+
+def test_a_pipeline_with_other_attention_processors_is_refused_by_name(constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    pipe = build_pipeline(Flux2KleinKVPipeline)
+    with pytest.raises(PipelineError, match=r"double_0 has the attention processor Flux2KVAttnProcessor"):
+        templates(pipe, prompt="red", template_inputs=[{}])
+    with pytest.raises(PipelineError, match="object is no FLUX.2 pipeline"):
+        templates(object(), prompt="red")
