@@ -1,0 +1,1 @@
+"""The soft RGB template: sets the mean of each colour channel."""

@@ -1,0 +1,1 @@
+"""The structure template: makes the picture follow an outline drawing."""
