@@ -37,7 +37,10 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         site = tmp_path / "site" / name
         info = site / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir(parents=True)
-        metadata = [f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}", *(f"Requires-Dist: {r}" for r in requires)]
+        metadata = [
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}",
+            *(f"Requires-Dist: {r}" for r in requires),
+        ]
         (info / "METADATA").write_text("\n".join(metadata) + "\n")
         (info / "entry_points.txt").write_text(textwrap.dedent(entry_points))
         package = site / name.replace("-", "_")
@@ -49,7 +52,9 @@ def distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         return package
 
     yield install
-    for module in [m for m in sys.modules if (getattr(sys.modules[m], "__file__", None) or "").startswith(str(tmp_path))]:
+    for module in [
+        m for m in sys.modules if (getattr(sys.modules[m], "__file__", None) or "").startswith(str(tmp_path))
+    ]:
         del sys.modules[module]
 
 
@@ -65,11 +70,14 @@ def small_pipe() -> Any:
 def small_kv() -> Callable[..., dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """Make random keys and values for blocks of `small_pipe`."""
 
-    def make(*blocks: str, tokens: int = 3, batch: int = 1, seed: int = 0) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    def make(
+        *blocks: str, tokens: int = 3, batch: int = 1, seed: int = 0
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         generator = torch.Generator().manual_seed(seed)
         shape = (batch, tokens, 2, 16)
         return {
-            block: (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)) for block in blocks
+            block: (torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
+            for block in blocks
         }
 
     return make

@@ -45,7 +45,7 @@ def register_weight_sources() -> Mapping[str, Callable[[str], Path]]:
 @hookimpl
 def register_commands(group: click.Group) -> None:
     """The commands of `silkscreen`."""
-    from silkscreen.cli import bases, generate, info, list
+    from silkscreen.cli import bases, generate, info, list, train
 
-    for module in (list, info, bases, generate):
+    for module in (list, info, bases, generate, train):
         group.add_command(module.command)

@@ -67,7 +67,10 @@ def test_bases_lists_the_published_ones(run: Callable[..., Any]) -> None:
     ("words", "message"),
     [
         (["info", "onne"], "unknown template 'onne': did you mean 'one'"),
-        (["generate", "p", "-o", "x.png", "-t", "one", "scael=1"], "-t one: unknown input 'scael': did you mean 'scale'"),
+        (
+            ["generate", "p", "-o", "x.png", "-t", "one", "scael=1"],
+            "-t one: unknown input 'scael': did you mean 'scale'",
+        ),
         (["generate", "p", "-o", "x.png", "-t", "one", "scale=2"], "scale=2.0 is out of range: it goes from 0 to 1"),
         (["generate", "p", "-o", "x.png", "-t", "one", "scale=high"], "expected a value of type number"),
         (["generate", "p", "-o", "nowhere/x.png"], "there is no folder nowhere"),

@@ -59,7 +59,10 @@ def test_injected_attention_equals_a_naive_one(
     block: str, small_pipe: Any, small_kv: MakeKV, transformer_inputs: dict[str, Any]
 ) -> None:
     kind, _, index = block.partition("_")
-    blocks = {"double": small_pipe.transformer.transformer_blocks, "single": small_pipe.transformer.single_transformer_blocks}
+    blocks = {
+        "double": small_pipe.transformer.transformer_blocks,
+        "single": small_pipe.transformer.single_transformer_blocks,
+    }
     attention = blocks[kind][int(index)].attn
     calls: list[Any] = []
     hook = attention.register_forward_hook(lambda *call: calls.append(call), with_kwargs=True)
@@ -75,8 +78,20 @@ def test_injected_attention_equals_a_naive_one(
     hidden = given["hidden_states"]
     if kind == "double":
         text = given["encoder_hidden_states"]
-        query = torch.cat([attention.norm_added_q(split(attention.add_q_proj(text))), attention.norm_q(split(attention.to_q(hidden)))], 1)
-        key = torch.cat([attention.norm_added_k(split(attention.add_k_proj(text))), attention.norm_k(split(attention.to_k(hidden)))], 1)
+        query = torch.cat(
+            [
+                attention.norm_added_q(split(attention.add_q_proj(text))),
+                attention.norm_q(split(attention.to_q(hidden))),
+            ],
+            1,
+        )
+        key = torch.cat(
+            [
+                attention.norm_added_k(split(attention.add_k_proj(text))),
+                attention.norm_k(split(attention.to_k(hidden))),
+            ],
+            1,
+        )
         value = torch.cat([split(attention.add_v_proj(text)), split(attention.to_v(hidden))], 1)
     else:
         query, key, value, gate, up = attention.to_qkv_mlp_proj(hidden).split([32, 32, 32, 96, 96], dim=-1)

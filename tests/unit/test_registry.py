@@ -22,7 +22,9 @@ def status(name: str) -> list[str]:
 
 
 def test_an_entry_is_read_without_importing_its_package(distribution: Install) -> None:
-    distribution("fake-one", entry_points=template("one", "fake_one"), files={"template.toml": MANIFEST, "model.py": "1/0"})
+    distribution(
+        "fake-one", entry_points=template("one", "fake_one"), files={"template.toml": MANIFEST, "model.py": "1/0"}
+    )
     entry = registry.find(registry.TEMPLATES, "one")
     assert entry.status == "ok"
     assert entry.version == "1.0"

@@ -33,7 +33,9 @@ class _Attention(nn.Module):
         """Split (B, N, H*D) into (B, N, H, D)."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, KV]:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor, KV]:
         """Attention over (B, N, H, D); returns (B, N, H*D) and the keys, after RoPE, and values."""
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
         hidden = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))

@@ -32,7 +32,9 @@ class SoftRGB(nn.Module):
         parts = [self.channels[channel].keys_and_values(rgb[:, i]) for i, channel in enumerate(CHANNELS)]  # type: ignore[operator]
         return {
             "kv_cache": {
-                block: tuple(torch.cat(tensors, dim=1) for tensors in zip(*(part[block] for part in parts), strict=True))
+                block: tuple(
+                    torch.cat(tensors, dim=1) for tensors in zip(*(part[block] for part in parts), strict=True)
+                )
                 for block in parts[0]
             }
         }

@@ -13,9 +13,7 @@ class Structure(PictureKV):
     """Keys and values from an outline drawing, by a copy of the base's transformer."""
 
     @torch.no_grad()
-    def process_inputs(
-        self, pipe: Any, image: Image.Image, prompt: str = "", **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
+    def process_inputs(self, pipe: Any, image: Image.Image, prompt: str = "", **kwargs: Any) -> dict[str, torch.Tensor]:
         """Encode the drawing to latents (1, C, H/16, W/16) and the prompt to embeddings (1, L, joint dim)."""
         width, height = (side // 16 * 16 for side in image.size)
         latents = pipe.vae.encode(pipe.preprocess_image(image.crop((0, 0, width, height))))
