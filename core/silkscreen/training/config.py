@@ -29,6 +29,7 @@ class TrainingConfig:
         ema_decay: decay of an exponential moving average of the weights, which is then what is saved; 0 for none.
         seed: of the order, the noise and the timesteps.
         mixed_precision: `bf16` computes in bfloat16 where torch's autocast does, `no` in float32.
+        save_dtype: of the tensors in checkpoints.
         save_steps: write a checkpoint every so many steps; 0 for only at the end of each epoch.
         resume_from_checkpoint: weights to start from.
         trust_code: let the code of a template folder run.
@@ -52,6 +53,7 @@ class TrainingConfig:
     ema_decay: float = 0.0
     seed: int = 0
     mixed_precision: Literal["no", "bf16"] = "no"
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     save_steps: int = 0
     resume_from_checkpoint: Path | None = None
     trust_code: bool = False

@@ -115,7 +115,8 @@ def _run(
     def save(stem: str) -> Path:
         path = config.output_path / f"{stem}.safetensors"
         averaged = dict(zip(trainable, average.shadow_params, strict=True)) if average else trainable
-        checkpoints.save(path, averaged)
+        dtype = getattr(torch, config.save_dtype)
+        checkpoints.save(path, {name: value.to(dtype) for name, value in averaged.items()})
         return path
 
     config.output_path.mkdir(parents=True, exist_ok=True)
