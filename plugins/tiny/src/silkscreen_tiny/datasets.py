@@ -39,7 +39,7 @@ KINDS = {"brightness": brightness_inputs, "softrgb": softrgb_inputs, "structure"
 @click.command()
 @click.argument("kind", type=click.Choice(list(KINDS)))
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--count", default=6000, show_default=True, help="Number of scenes.")
+@click.option("--count", default=3000, show_default=True, help="Number of scenes.")
 @click.option("--seed", default=100, show_default=True, help="Seed of the scenes.")
 def main(kind: str, folder: Path, count: int, seed: int) -> None:
     """Draw a data set for a template of a KIND into a FOLDER."""
