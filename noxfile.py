@@ -1,4 +1,4 @@
-"""Everything that is done with the repository: `nox -s demo`, `nox -s tests`, `nox -s lint`, `nox -s bench`, `nox -s build`."""
+"""What is done with the repository: `nox -s demo`, `nox -s lint tests`, `nox -s bench`, `nox -s build`."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from silkscreen import bases, registry
+from silkscreen import bases
 
 
 @pytest.fixture(autouse=True)

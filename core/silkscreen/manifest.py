@@ -13,7 +13,7 @@ from typing import Any
 from silkscreen.errors import InputError, ManifestError, UnknownNameError
 
 INPUT_TYPES = ("number", "integer", "boolean", "text", "choice", "image", "mask", "any")
-"""Types of template inputs. `any` is for inputs read from a signature, which does not tell; a manifest may not use it."""
+"""Types of template inputs. `any` is for inputs read from a signature, which does not tell; no manifest may use it."""
 
 RESERVED_NAMES = ("model_id", "pipe", "strength", "start", "end", "region")
 """Names that a caller gives a meaning for every template; no input may use them."""

@@ -121,7 +121,7 @@ class TemplatePipeline:
         caches = []
         for template, values in requests:
             model = self._model(template, context)
-            processed = model.process_inputs(pipe=context, **values)
+            processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
             cache = TemplateCache.from_result(model(pipe=context, **processed), template.name)
             cache.check(context.base)
             caches.append(cache)

@@ -131,7 +131,7 @@ def _distributions() -> Iterator[importlib_metadata.Distribution]:
             continue
         if name not in seen:
             seen.add(name)
-            yield distribution
+            yield distribution  # type: ignore[misc]
 
 
 def _entries_of(distribution: importlib_metadata.Distribution) -> list[Entry]:

@@ -217,8 +217,8 @@ def _from_folder(folder: Path, trust_code: bool) -> Template:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not trust_code:
         raise UntrustedCodeError(
-            f"using {folder} as a template executes the code in {path} (sha256 {digest}). If you have read it and trust "
-            "it, pass trust_code=True, or --trust-code on the command line"
+            f"using {folder} as a template executes the code in {path} (sha256 {digest}). "
+            "If you have read it and trust it, pass trust_code=True, or --trust-code on the command line"
         )
     name = f"silkscreen_folder_{digest[:16]}_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
     module = sys.modules.get(name)

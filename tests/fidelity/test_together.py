@@ -25,10 +25,13 @@ def figures(drawn: list[scenes.Scene], pictures: list[Image.Image]) -> dict[str,
     wanted = [scene.draw() for scene in drawn]
     colors = [np.array([analysis.mean_color(p) for p in some]).flatten() for some in (wanted, pictures)]
     edges = [
-        analysis.f1(analysis.edges(p), analysis.outline_pixels(s.outline())) for s, p in zip(drawn, pictures, strict=True)
+        analysis.f1(analysis.edges(p), analysis.outline_pixels(s.outline()))
+        for s, p in zip(drawn, pictures, strict=True)
     ]
     return {
-        "brightness": pearson([analysis.mean_luminance(p) for p in wanted], [analysis.mean_luminance(p) for p in pictures]),
+        "brightness": pearson(
+            [analysis.mean_luminance(p) for p in wanted], [analysis.mean_luminance(p) for p in pictures]
+        ),
         "softrgb": pearson(*colors),
         "structure": float(np.mean(edges)),
     }

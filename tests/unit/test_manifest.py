@@ -83,7 +83,7 @@ def test_an_unknown_input_gets_the_nearest_name() -> None:
 
 
 def test_a_missing_input_is_named() -> None:
-    with pytest.raises(InputError, match="'image' .* is missing"):
+    with pytest.raises(InputError, match=r"'image' .* is missing"):
         check_values({"image": Input("image", "image")}, {})
 
 

@@ -218,5 +218,5 @@ def test_a_pipeline_with_other_attention_processors_is_refused_by_name(constant_
     pipe = build_pipeline(Flux2KleinKVPipeline)
     with pytest.raises(PipelineError, match=r"double_0 has the attention processor Flux2KVAttnProcessor"):
         templates(pipe, prompt="red", template_inputs=[{}])
-    with pytest.raises(PipelineError, match="object is no FLUX.2 pipeline"):
+    with pytest.raises(PipelineError, match=r"object is no FLUX\.2 pipeline"):
         templates(object(), prompt="red")

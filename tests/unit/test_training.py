@@ -38,7 +38,10 @@ def test_the_loss_equals_a_naive_one() -> None:
     for n, i in enumerate(index.tolist()):
         sigma = objective.sigmas()[i].item()
         assert torch.allclose(noisy[n], (1 - sigma) * latents[n] + sigma * noise[n], atol=1e-6)
-        errors = [(v - (e - x)) ** 2 for v, e, x in zip(*(t[n].flatten().tolist() for t in (velocity, noise, latents)), strict=True)]
+        errors = [
+            (v - (e - x)) ** 2
+            for v, e, x in zip(*(t[n].flatten().tolist() for t in (velocity, noise, latents)), strict=True)
+        ]
         naive += objective.weights()[i].item() * sum(errors) / len(errors) / 2
     assert objective.loss(velocity, latents, noise, index).item() == pytest.approx(naive, abs=1e-6)
 
@@ -69,7 +72,13 @@ def dataset(folder: Path, count: int = 4) -> Path:
     rows = []
     for n in range(count):
         Image.new("RGB", (128, 128), (n * 60, 100, 100)).save(folder / f"{n}.png")
-        rows.append({"image": f"{n}.png", "prompt": "a small red star on a blue background", "template_inputs": {"scale": n / count}})
+        rows.append(
+            {
+                "image": f"{n}.png",
+                "prompt": "a small red star on a blue background",
+                "template_inputs": {"scale": n / count},
+            }
+        )
     path = folder / "metadata.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
@@ -79,7 +88,10 @@ def test_every_bad_row_is_listed_with_its_line(tmp_path: Path) -> None:
     path = dataset(tmp_path)
     (tmp_path / "text.png").write_text("no picture")
     with path.open("a") as file:
-        file.write('\nnot json\n{"image": "none.png", "prompt": "p"}\n{"image": "text.png", "prompt": "p"}\n{"image": "0.png"}\n')
+        file.write(
+            '\nnot json\n{"image": "none.png", "prompt": "p"}\n'
+            '{"image": "text.png", "prompt": "p"}\n{"image": "0.png"}\n'
+        )
     with pytest.raises(TrainingError) as caught:
         read_rows(path)
     message = str(caught.value)

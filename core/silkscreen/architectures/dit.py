@@ -31,14 +31,14 @@ class _Attention(nn.Module):
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """Split (B, N, H*D) into (B, N, H, D)."""
-        return x.unflatten(-1, (self.num_heads, -1))
+        return x.reshape(*x.shape[:-1], self.num_heads, x.shape[-1] // self.num_heads)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotary: Rotary
     ) -> tuple[torch.Tensor, KV]:
         """Attention over (B, N, H, D); returns (B, N, H*D) and the keys, after RoPE, and values."""
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-        hidden = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        hidden = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         return hidden.transpose(1, 2).flatten(2), (key, value)
 
 
@@ -74,7 +74,7 @@ class DoubleBlock(_Attention):
             torch.cat([txt_v, img_v], dim=1),
             rotary,
         )
-        txt_hidden, img_hidden = hidden.split([txt.shape[1], img.shape[1]], dim=1)
+        txt_hidden, img_hidden = hidden.tensor_split([txt.shape[1]], dim=1)
         img = img + img_gate * self.img_to_out(img_hidden)
         txt = txt + txt_gate * self.txt_to_out(txt_hidden)
         img = img + img_ff_gate * self.img_ff(_modulated(img, img_ff_shift, img_ff_scale))
@@ -145,7 +145,7 @@ class PictureKV(nn.Module):
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_single_layers)
         )
-        # The transformer's output layers are in the published files. Only keys and values leave this copy, so they never run.
+        # In the published files too, but never run: only keys and values leave this copy.
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, bias=False)
         self.proj_out = nn.Linear(dim, in_channels, bias=False)
 

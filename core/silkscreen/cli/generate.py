@@ -27,7 +27,7 @@ from silkscreen.cli.template_option import TemplateCommand, parse_template, temp
     "negatives",
     multiple=True,
     metavar="NAME [INPUT=VALUE]...",
-    help="The same for the negative side of guidance. By default it gets the templates with the negative values they declare.",
+    help="The same for the negative side of guidance.  [default: the templates' own negative values]",
 )
 @click.option("--bare-negative", is_flag=True, help="No templates on the negative side.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
@@ -97,7 +97,12 @@ def command(
 
     click.echo(f"loading {base}", err=True)
     pipe = load_base(base)
-    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    given: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+    }
     negative: Any = requests(negatives) if negatives else None if bare_negative else "default"
     result = loaded(
         pipe,

@@ -11,6 +11,8 @@ from silkscreen import registry
 from silkscreen.cli.table import print_table
 from silkscreen.manifest import MISSING, Input
 
+_PROMPT = "a large red circle on a blue background"
+
 
 @click.command("info")
 @click.argument("name")
@@ -46,13 +48,9 @@ def command(name: str) -> None:
     if entry.folder is not None:
         click.echo("\nweights:")
         for path in sorted(entry.folder.rglob("*.safetensors")):
-            click.echo(
-                f"  {path.relative_to(entry.folder)}  {path.stat().st_size / 1e6:.1f} MB, {_parameters(path)} parameters"
-            )
+            click.echo(f"  {path.relative_to(entry.folder)}  {path.stat().st_size / 1e6:.1f} MB, {_parameters(path)}")
     values = " ".join(f"{spec.name}={_example(spec)}" for spec in inputs)
-    click.echo(
-        f'\nexample:\n  silkscreen generate "a large red circle on a blue background" -t {entry.name} {values} -o picture.png'
-    )
+    click.echo(f"\nexample:\n  silkscreen generate {_PROMPT!r} -t {entry.name} {values} -o picture.png")
 
 
 def _value(value: object) -> str:
@@ -74,6 +72,6 @@ def _parameters(path: Path) -> str:
 
     try:
         with safe_open(path, framework="np") as file:
-            return f"{sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()):,}"  # noqa: SIM118
+            return f"{sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()):,} parameters"  # noqa: SIM118
     except SafetensorError:
-        return "unreadable:"
+        return "not a whole safetensors file"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -34,7 +35,7 @@ def command(as_json: bool) -> None:
             click.echo(f"\n{entry.qualified_name} is {entry.status}: {entry.reason}")
 
 
-def _as_dict(entry: registry.Entry) -> dict[str, object]:
+def _as_dict(entry: registry.Entry) -> dict[str, Any]:
     manifest = entry.manifest
     return {
         "name": entry.name,

@@ -69,6 +69,7 @@ class DoubleBlockProcessor(_TemplateProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Any:
+        """Return what the block's own processor returns: picture and text tokens."""
         kv = self.template_kv()
         if kv is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
@@ -83,7 +84,7 @@ class DoubleBlockProcessor(_TemplateProcessor):
             query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
             key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
         hidden = self.attend(query, key, value, kv, attention_mask)
-        text, picture = hidden.split([text_query.shape[1], hidden.shape[1] - text_query.shape[1]], dim=1)
+        text, picture = hidden.tensor_split([text_query.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](picture)), attn.to_add_out(text)
 
 
@@ -97,6 +98,7 @@ class SingleBlockProcessor(_TemplateProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Any:
+        """Return what the block's own processor returns: tokens."""
         kv = self.template_kv()
         if kv is None:
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)

@@ -73,7 +73,8 @@ def describe_folder(folder: Path) -> Base:
         base = _like(Geometry.from_config(config), index["_class_name"], index.get("is_distilled", False))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseError(
-            f"{folder} is no base in diffusers' layout ({error}): it needs a model_index.json and a folder for each component"
+            f"{folder} is no base in diffusers' layout ({error}): "
+            "it needs a model_index.json and a folder for each component"
         ) from error
     names = [name for name, value in index.items() if isinstance(value, list)]
     return Base(**{**vars(base), "components": {name: name for name in names}, "folder": folder})

@@ -189,7 +189,7 @@ def _loss(
 
 
 def _stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join what `process_inputs` returned for each row of a batch: tensors along the batch, equal values as they are."""
+    """Join what `process_inputs` returned for each row: tensors along the batch, equal values as they are."""
     joined: dict[str, Any] = {}
     for key in processed[0]:
         values = [each[key] for each in processed]
@@ -201,8 +201,8 @@ def _stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             joined[key] = [torch.cat(parts) for parts in zip(*values, strict=True)]
         else:
             raise TrainingError(
-                f"process_inputs returned {key!r} in a form that does not stack into a batch: return tensors whose first "
-                "dimension is 1, or train with --batch_size 1"
+                f"process_inputs returned {key!r} in a form that does not stack into a batch: "
+                "return tensors whose first dimension is 1, or train with --batch_size 1"
             )
     return joined
 

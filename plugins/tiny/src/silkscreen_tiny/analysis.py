@@ -52,9 +52,7 @@ def read(picture: Image.Image) -> Reading:
     background = np.median(_ring(pixels), axis=0)
     mask = _shape_mask(pixels, background)
     inside = np.median(pixels[mask], axis=0) if mask.any() else background
-    rows, columns = np.nonzero(mask)
-    extent = max(np.ptp(rows), np.ptp(columns)) + 1 if mask.any() else 0
-    shape, scale = _best_shape(mask, extent)
+    shape, scale = _best_shape(mask)
     middle = (SIZES["small"][1] + SIZES["large"][0]) / 2
     return Reading(
         background=nearest_hue(background),
@@ -77,7 +75,8 @@ def mean_luminance(picture: Image.Image) -> float:
 
 def mean_color(picture: Image.Image) -> Pixels:
     """Return the mean of each channel, (3,) in 0..1."""
-    return as_pixels(picture).mean(axis=(0, 1))
+    mean: Pixels = as_pixels(picture).mean(axis=(0, 1))
+    return mean
 
 
 def edges(picture: Image.Image) -> NDArray[np.bool_]:
@@ -85,7 +84,8 @@ def edges(picture: Image.Image) -> NDArray[np.bool_]:
     pixels = as_pixels(picture)
     down, across = np.gradient(pixels, axis=(0, 1))
     strength = np.sqrt((down**2 + across**2).sum(axis=-1))
-    return strength > 0.5 * np.percentile(strength, 99)
+    strong: NDArray[np.bool_] = strength > 0.5 * np.percentile(strength, 99)
+    return strong
 
 
 def outline_pixels(outline: Image.Image) -> NDArray[np.bool_]:
@@ -116,10 +116,11 @@ def _ring(pixels: Pixels) -> Pixels:
 
 def _shape_mask(pixels: Pixels, background: Pixels) -> NDArray[np.bool_]:
     distance = np.linalg.norm(pixels - background, axis=-1)
-    return distance > max(0.5 * float(np.percentile(distance, 99)), 0.02)
+    apart: NDArray[np.bool_] = distance > max(0.5 * float(np.percentile(distance, 99)), 0.02)
+    return apart
 
 
-def _best_shape(mask: NDArray[np.bool_], extent: int) -> tuple[str, float]:
+def _best_shape(mask: NDArray[np.bool_]) -> tuple[str, float]:
     """Return the shape that overlaps the mask best, drawn to fill its bounding box, and its radius in pixels."""
     if not mask.any():
         return "none", 0.0
