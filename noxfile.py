@@ -14,6 +14,13 @@ CONSTRAINTS = "tests/constraints.txt"
 PLUGINS = sorted(str(path.parent) for path in Path("plugins").glob("*/pyproject.toml"))
 TOOLS = ["build", "mypy", "nox", "pytest", "pytest-benchmark", "ruff"]
 
+DEMO = [
+    "a large yellow star on a blue background",
+    *("-t", "brightness", "scale=0.7"),
+    *("-t", "softrgb", "R=0.75", "G=0.65", "B=0.5"),
+    *("-t", "structure", "image=core/docs/outline.png"),
+]
+
 
 def install(session: nox.Session, *extra: str) -> None:
     """Install the core and every plugin as a user would, with the versions that are tested."""
@@ -57,6 +64,3 @@ def build(session: nox.Session) -> None:
     session.install("-c", CONSTRAINTS, "build")
     for project in [".", *PLUGINS]:
         session.run("python", "-m", "build", "--wheel", "--outdir", "dist", project)
-
-
-DEMO = ["a large red circle on a blue background", "--seed", "1"]
