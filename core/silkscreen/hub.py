@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from silkscreen.errors import WeightsError
@@ -22,13 +23,7 @@ def from_modelscope(reference: str) -> Path:
     from modelscope.hub.file_download import model_file_download
     from modelscope.hub.snapshot_download import snapshot_download
 
-    repo, revision, path = _parse(reference)
-    try:
-        if path.endswith("/"):
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{path}*"])) / path
-        return Path(model_file_download(repo, path, revision=revision))
-    except Exception as error:
-        raise WeightsError(f"modelscope:{reference} cannot be had: {error}") from error
+    return _fetch("modelscope", reference, model_file_download, snapshot_download)
 
 
 def from_huggingface(reference: str) -> Path:
@@ -42,13 +37,17 @@ def from_huggingface(reference: str) -> Path:
     """
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    return _fetch("hf", reference, hf_hub_download, snapshot_download)
+
+
+def _fetch(hub: str, reference: str, fetch_file: Callable[..., str], fetch_folder: Callable[..., str]) -> Path:
     repo, revision, path = _parse(reference)
     try:
         if path.endswith("/"):
-            return Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{path}*"])) / path
-        return Path(hf_hub_download(repo, path, revision=revision))
-    except Exception as error:
-        raise WeightsError(f"hf:{reference} cannot be had: {error}") from error
+            return Path(fetch_folder(repo, revision=revision, allow_patterns=[f"{path}*"])) / path
+        return Path(fetch_file(repo, path, revision=revision))
+    except Exception as error:  # whatever a client raises
+        raise WeightsError(f"{hub}:{reference} cannot be had: {error}") from error
 
 
 def _parse(reference: str) -> tuple[str, str | None, str]:
