@@ -7,6 +7,7 @@ import enum
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +125,18 @@ class Input:
         return value
 
     def _check_number(self, value: Any) -> float | int:
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not isinstance(value, int | float) or (self.type == "integer" and not whole):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise self._mismatch(value)
-        low = self.minimum is not None and value < self.minimum
-        high = self.maximum is not None and value > self.maximum
-        if low or high or value != value:
+        number = float(value)
+        low = self.minimum is not None and number < self.minimum
+        high = self.maximum is not None and number > self.maximum
+        if low or high or number != number:
             raise InputError(f"{self.name}={value!r} is out of range: it goes from {self.range}")
-        return int(value) if self.type == "integer" else float(value)
+        if self.type == "number":
+            return number
+        if not number.is_integer():
+            raise self._mismatch(value)
+        return int(number)
 
     def _mismatch(self, value: Any) -> InputError:
         kind = {"image": "a picture (PIL.Image)", "mask": "a mask picture (PIL.Image)", "any": "a value"}

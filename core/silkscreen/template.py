@@ -125,7 +125,7 @@ def find_template(name: str | Path | Template, *, trust_code: bool = False) -> T
     if isinstance(name, Path) or "/" in name or (Path(name) / "model.py").is_file():
         template = _from_folder(Path(name), trust_code)
     else:
-        template = _from_entry(registry.find(registry.TEMPLATES, name))
+        template = _from_entry(registry.find(registry.TEMPLATES, name), name)
     problems = contract_violations(template.module, template.manifest)
     if problems:
         raise ContractError(template.name, [f"{template.origin}: {problem}" for problem in problems])
@@ -197,15 +197,15 @@ def _is_by_base(value: Any, paths: Any) -> bool:
     return value is paths or all(key in known_bases() or (isinstance(paths, Mapping) and key in paths) for key in value)
 
 
-def _from_entry(entry: registry.Entry) -> Template:
+def _from_entry(entry: registry.Entry, name: str) -> Template:
     origin = f"{entry.distribution} {entry.version}"
     try:
         module = importlib.import_module(entry.module)
     except Exception as error:  # whatever a stranger's module raises
         problem = f"{origin}: importing {entry.module} raised {type(error).__name__}: {error}"
-        raise ContractError(entry.name, [problem]) from error
+        raise ContractError(name, [problem]) from error
     folder = entry.folder or Path(module.__file__ or ".").parent
-    return Template(entry.name, module, folder, origin, entry.manifest)
+    return Template(name, module, folder, origin, entry.manifest)
 
 
 def _from_folder(folder: Path, trust_code: bool) -> Template:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from silkscreen import registry
+from silkscreen import TemplatePipeline, registry
 from silkscreen.errors import ContractError, UntrustedCodeError
 from silkscreen.template import find_template
 
@@ -64,6 +64,19 @@ def test_an_installed_template_is_imported_and_registered_when_it_is_found(distr
     template = find_template("one")
     assert template.origin == "fake-one 1.0"
     assert registry.plugin_manager().is_registered(template.module)
+
+
+def test_two_templates_of_one_name_are_told_apart_by_their_distributions(distribution: Install) -> None:
+    for name in ("fake-one", "fake-two"):
+        package = name.replace("-", "_")
+        distribution(
+            name,
+            entry_points=f"[silkscreen.templates]\nsame = {package}.model\n",
+            files={"model.py": textwrap.dedent(MODEL)},
+        )
+    templates = TemplatePipeline(["fake-one:same", "fake-two:same"])
+    requests = templates.check_inputs([{"model_id": "fake-two:same", "scale": 1}])
+    assert requests[0][0].origin == "fake-two 1.0"
 
 
 def test_a_module_that_raises_names_its_distribution(distribution: Install) -> None:

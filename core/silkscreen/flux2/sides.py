@@ -37,7 +37,7 @@ class Sides:
 
         diffusers' pipelines wrap each pass in `transformer.cache_context("cond")` or `("uncond")`.
         """
-        original = transformer.cache_context
+        original, own = transformer.cache_context, vars(transformer).get("cache_context")
 
         @contextmanager
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
@@ -53,4 +53,7 @@ class Sides:
         try:
             yield
         finally:
-            del transformer.cache_context
+            if own is None:
+                del transformer.cache_context
+            else:
+                transformer.cache_context = own
