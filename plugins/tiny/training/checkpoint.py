@@ -29,20 +29,21 @@ class Average:
             value.copy_(self.values[name])
 
 
-def save(path: Path, step: int, model: torch.nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> None:
+def save(path: Path, step: int, model: torch.nn.Module, average: Average, *optimizers: torch.optim.Optimizer) -> None:
     """Write the state after `step` steps; the file appears whole or not at all."""
     kept = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # tied parameters once
     tensors = {f"model.{name}": value for name, value in kept.items()}
     tensors |= {f"average.{name}": value for name, value in average.values.items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer{number}.{index}.{name}": value for name, value in state.items()}
     partial = path.with_suffix(".partial")
     save_file({name: value.detach().contiguous() for name, value in tensors.items()}, partial, {"step": str(step)})
     partial.replace(path)
 
 
-def load(path: Path, model: torch.nn.Module, average: Average, optimizer: torch.optim.Optimizer) -> int:
-    """Take up the state in `path` and return its step; 0 if there is none."""
+def load(path: Path, model: torch.nn.Module, average: Average, *optimizers: torch.optim.Optimizer) -> int:
+    """Take up the state in `path` and return its step; 0 if there is none. Optimizers may be left out."""
     if not path.exists():
         return 0
     with safe_open(path, framework="pt") as file:
@@ -50,11 +51,12 @@ def load(path: Path, model: torch.nn.Module, average: Average, optimizer: torch.
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model.load_state_dict(_under("model.", tensors), strict=False)
     average.values = _under("average.", tensors)
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in _under("optimizer.", tensors).items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in _under(f"optimizer{number}.", tensors).items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return step
 
 

@@ -22,7 +22,7 @@ def main() -> None:
     model = Denoiser()
     average = checkpoint.Average(model, decay=0.0)
     path = args.run_dir / "transformer.safetensors"
-    if not checkpoint.load(path, model, average, torch.optim.AdamW(model.parameters())):
+    if not checkpoint.load(path, model, average):
         raise SystemExit(f"there is no {path}: run train_transformer.py first")
     average.copy_to(model)
     pipe = Flux2KleinPipeline(
