@@ -230,7 +230,7 @@ def main() -> None:
         generator = torch.Generator().manual_seed(SEED * 1_000_000 + step)
         rows = torch.randint(SCENES, (BATCH,), generator=generator)
         noise = torch.randn(latents[rows].shape, generator=generator)
-        # Where the shape goes is settled at very high noise, where the sampler's shifted schedule spends half its steps.
+        # Where the shape goes is settled at very high noise; half of the sampler's shifted schedule lies there too.
         sigma = torch.sigmoid(1.8 + 1.5 * torch.randn(BATCH, generator=generator))
         blend = sigma.view(-1, 1, 1, 1)
         texts = torch.where(torch.rand(BATCH, generator=generator) < 0.1, len(prompts), rows)
