@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import Flux2KleinKVPipeline
 from diffusers.models.embeddings import apply_rotary_emb
-from silkscreen import TemplatePipeline
+from silkscreen import TemplatePipeline, hookimpl, registry
 from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import CacheError, InputError, PipelineError, UnknownNameError
 from small_flux2 import CALL, build_pipeline
@@ -220,3 +220,37 @@ def test_a_pipeline_with_other_attention_processors_is_refused_by_name(constant_
         templates(pipe, prompt="red", template_inputs=[{}])
     with pytest.raises(PipelineError, match=r"object is no FLUX\.2 pipeline"):
         templates(object(), prompt="red")
+
+
+def test_default_negatives_take_the_values_that_manifests_declare(small_pipe: Any, constant_folder: Path) -> None:
+    manifest = 'title = "Constant"\n[inputs.scale]\ntype = "number"\ndefault = 1.0\n'
+    (constant_folder / "template.toml").write_text(manifest)
+    undeclared = TemplatePipeline(constant_folder, trust_code=True)
+    assert undeclared.default_negatives([{"scale": 3}]) == []
+    (constant_folder / "template.toml").write_text(manifest + "negative = 0.25\n")
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    assert templates.default_negatives([{"scale": 3}]) == [{"model_id": "constant", "scale": 0.25}]
+    arguments = {"prompt": "red", "seed": 0, "template_inputs": [{"scale": 3}], **CALL}
+    asked = templates(small_pipe, negative_template_inputs=[{"scale": 0.25}], **arguments).images
+    default = templates(small_pipe, negative_template_inputs="default", **arguments).images
+    bare = templates(small_pipe, **arguments).images
+    assert np.array_equal(default, asked)
+    assert not np.array_equal(default, bare)
+
+
+def test_hooks_see_and_may_change_a_call(small_pipe: Any, constant_folder: Path) -> None:
+    seen: list[Any] = []
+
+    class Plugin:
+        @hookimpl
+        def before_generate(self, arguments: dict[str, Any]) -> None:
+            arguments["num_inference_steps"] = 1
+
+        @hookimpl
+        def after_generate(self, arguments: dict[str, Any], result: Any) -> None:
+            seen.append((arguments["num_inference_steps"], result))
+
+    registry.plugin_manager().register(Plugin())
+    result = TemplatePipeline([])(small_pipe, prompt="red", seed=0, **CALL)
+    assert seen == [(1, result)]
+    assert np.array_equal(result.images, draw(small_pipe, num_inference_steps=1))
