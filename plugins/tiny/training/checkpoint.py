@@ -50,8 +50,8 @@ def load(path: Path, model: torch.nn.Module, average: Average, *optimizers: torc
         step = int(file.metadata()["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     model.load_state_dict(_under("model.", tensors), strict=False)
-    averaged = _under("average.", tensors)
-    average.values = {name: averaged[name] for name in average.values}  # in the model's order, which a file does not keep
+    averaged = _under("average.", tensors)  # a file does not keep the order of the model
+    average.values = {name: averaged[name] for name in average.values}
     for number, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in _under(f"optimizer{number}.", tensors).items():
