@@ -14,6 +14,7 @@ from pathlib import Path
 import checkpoint
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 from silkscreen_tiny import scenes
@@ -33,6 +34,8 @@ TEXT_LENGTH = 16
 TEXT_LAYERS = (1, 2, 3)
 TEXT_DIM = 96
 OBJECT_WEIGHT = 2.0
+MASK_BLOCK = 1
+MASK_WEIGHT = 0.2
 
 SPECIAL = ["<|endoftext|>", "<unk>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["a", "on", "background", *scenes.SIZES, *scenes.HUES, *scenes.SHAPES]
@@ -100,22 +103,35 @@ def build_transformer() -> Flux2Transformer2DModel:
 
 
 class Denoiser(nn.Module):
-    """The two trained parts: predicts the velocity of noisy latents under a tokenized prompt."""
+    """The two trained parts: predicts the velocity of noisy latents under a tokenized prompt.
+
+    Half-way up, a linear head also reads the shape's mask off the image tokens. It is thrown away after training, but
+    teaches the blocks below it early where the shape is and what it is (https://arxiv.org/abs/2410.06940).
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.text_encoder = build_text_encoder()
         self.transformer = build_transformer()
+        self.mask_head = nn.Linear(self.transformer.inner_dim, 16)
+        self.transformer.single_transformer_blocks[MASK_BLOCK].register_forward_hook(self._read_mask)
+
+    def _read_mask(self, block: nn.Module, inputs: tuple[()], hidden: torch.Tensor) -> None:
+        self.mask = self.mask_head(F.layer_norm(hidden[:, TEXT_LENGTH:], hidden.shape[-1:]))
 
     def forward(
         self, latents: torch.Tensor, sigma: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Map latents (B, 64, 8, 8), sigma (B,) and token ids (B, L) to velocities (B, 64 tokens, 64)."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map latents (B, 64, 8, 8), sigma (B,) and token ids (B, TEXT_LENGTH) to velocities and mask logits.
+
+        Returns:
+            Velocities (B, 64 tokens, 64), and logits of the mask (B, 64 tokens, 16), 4 by 4 in each token.
+        """
         encoded = self.text_encoder.model(
             input_ids, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
         )
         text = torch.cat([encoded.hidden_states[layer] for layer in TEXT_LAYERS], dim=-1)
-        return self.transformer(
+        velocity = self.transformer(
             hidden_states=Flux2KleinPipeline._pack_latents(latents),
             encoder_hidden_states=text,
             timestep=sigma,
@@ -123,6 +139,7 @@ class Denoiser(nn.Module):
             txt_ids=Flux2KleinPipeline._prepare_text_ids(text),
             return_dict=False,
         )[0]
+        return velocity, self.mask
 
 
 def load_vae(run_dir: Path) -> AutoencoderKLFlux2:
@@ -142,24 +159,25 @@ def encode(vae: AutoencoderKLFlux2, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def encode_scenes(vae: AutoencoderKLFlux2, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return latents (N, 64, 8, 8) of drawn scenes and how much of each token is the shape (N, 64), kept in a file."""
+    """Return latents (N, 64, 8, 8) of drawn scenes and their masks (N, 64 tokens, 16), 0..1, kept in a file."""
     if not path.exists():
-        latents, coverages, began = [], [], time.monotonic()
+        latents, masks, began = [], [], time.monotonic()
         drawn = scenes.stream(SEED)
         for done in range(0, SCENES, 64):
             batch = list(islice(drawn, 64))
             pictures = np.stack([np.asarray(scene.draw()) for scene in batch])
             pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
             latents.append(encode(vae, pixels.float() / 127.5 - 1))
-            masks = np.stack([np.asarray(scene.mask()) for scene in batch])
-            coverages.append(torch.from_numpy(masks.reshape(-1, 8, 16, 8, 16).mean(axis=(2, 4)).reshape(-1, 64) / 255))
+            mask = np.stack([np.asarray(scene.mask()) for scene in batch])
+            cells = mask.reshape(-1, 8, 4, 4, 8, 4, 4).mean(axis=(3, 6)).transpose(0, 1, 3, 2, 4)
+            masks.append(torch.from_numpy(cells.reshape(-1, 64, 16) / 255).float())
             if done % 6400 == 0:
                 print(f"encoded {done}/{SCENES} scenes, {time.monotonic() - began:.0f} s", flush=True)
         partial = path.with_suffix(".partial")
-        save_file({"latents": torch.cat(latents).float(), "coverage": torch.cat(coverages).float()}, partial)
+        save_file({"latents": torch.cat(latents).float(), "masks": torch.cat(masks)}, partial)
         partial.replace(path)
     kept = load_file(path)
-    return kept["latents"], kept["coverage"]
+    return kept["latents"], kept["masks"]
 
 
 def set_statistics(vae: AutoencoderKLFlux2, latents: torch.Tensor) -> None:
@@ -205,7 +223,7 @@ def main() -> None:
 
     vae = load_vae(args.run_dir)
     with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16):
-        latents, coverage = encode_scenes(vae, args.run_dir / "latents.safetensors")
+        latents, masks = encode_scenes(vae, args.run_dir / "latents.safetensors")
     prompts = [scene.prompt for scene in islice(scenes.stream(SEED), SCENES)]
     set_statistics(vae, latents)
     latents = normalise(vae, latents)
@@ -236,7 +254,7 @@ def main() -> None:
         texts = torch.where(torch.rand(BATCH, generator=generator) < 0.1, len(prompts), rows)
         # Plain matrix products: torch's fused attention is slow in the backward pass of such short sequences.
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            velocity = denoise(
+            velocity, mask = denoise(
                 (1 - blend) * latents[rows] + blend * noise,
                 sigma,
                 tokens["input_ids"][texts],
@@ -244,8 +262,10 @@ def main() -> None:
             )
         target = Flux2KleinPipeline._pack_latents(noise - latents[rows])
         errors = (velocity.float() - target).square().mean(dim=-1)
-        weights = 1 + (OBJECT_WEIGHT - 1) * coverage[rows]
+        weights = 1 + (OBJECT_WEIGHT - 1) * masks[rows].mean(dim=-1)
         loss = (weights * errors).sum() / weights.sum()
+        mask_loss = F.binary_cross_entropy_with_logits(mask.float(), masks[rows])
+        loss = loss + MASK_WEIGHT * mask_loss
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -254,12 +274,12 @@ def main() -> None:
                 group["lr"] = learning_rate(step)
             optimizer.step()
         average.update(model, step)
-        losses.append(errors.detach().mean().item())
+        losses.append((errors.detach().mean().item(), mask_loss.item()))
         if (step + 1) % 100 == 0 or step + 1 == STEPS:
             checkpoint.save(args.run_dir / "transformer.safetensors", step + 1, model, average, *optimizers)
             pace = (time.monotonic() - began) / (step + 1 - start)
             print(
-                f"step {step + 1}/{STEPS}  loss {np.mean(losses):.4f}"
+                f"step {step + 1}/{STEPS}  loss {np.mean(losses, axis=0)[0]:.4f}  mask {np.mean(losses, axis=0)[1]:.4f}"
                 f"  {pace:.3f} s/step  {pace * (STEPS - step - 1) / 60:.0f} min left",
                 flush=True,
             )
