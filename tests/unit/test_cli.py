@@ -92,7 +92,9 @@ def test_a_picture_is_not_overwritten_unasked(run: Callable[..., Any], tmp_path:
     assert (tmp_path / "x.png").read_text() == "precious"
 
 
-@pytest.mark.parametrize("words", [["list"], ["info", "brightness"], ["bases"], ["--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["list"], ["info", "brightness"], ["bases"], ["--help"], ["generate", "--help"], ["pack", "--help"]]
+)
 def test_looking_around_imports_neither_torch_nor_a_plugin(words: list[str]) -> None:
     program = (
         "import sys\nfrom silkscreen.cli import command_line\n"

@@ -142,14 +142,14 @@ def pack(
         checkpoints.save(work / "packed.safetensors", merged.tensors)
         del merged
         with _replaced(target, work / "packed.safetensors", work / "earlier.safetensors"):
-            progress(f"wrote {target}: {str(dtype).removeprefix('torch.')}, {target.stat().st_size / 1e6:.1f} MB")
+            progress(f"wrote {target}: {str(dtype).removeprefix('torch.')}, {target.stat().st_size:,} bytes")
             progress("building the wheel")
             wheel = _build(home, work / "dist", isolation)
             inner = target.resolve().relative_to(home.root.resolve()).as_posix()
             digest = _check_wheel(wheel, inner, target)
-            drawn = None
-            if verify:
-                drawn = proof.prove(wheel, home, found, base_id, (inner, digest), inputs, picture, progress)
+            drawn = (
+                proof.prove(wheel, home, found, base_id, (inner, digest), inputs, picture, progress) if verify else None
+            )
             out = out or home.folder / "dist"
             out.mkdir(parents=True, exist_ok=True)
             wheel = Path(shutil.move(wheel, out / wheel.name))
@@ -242,7 +242,7 @@ def _import(project: Project, trust_code: bool) -> Template:
     finally:
         sys.path.remove(root)
     if not Path(template.module.__file__ or "").resolve().is_relative_to(root):
-        raise PackError(f"{project.module} was imported from {template.module.__file__} before: start anew")
+        raise PackError(f"{project.module} was imported from {template.module.__file__} before: pack in a new process")
     return template
 
 

@@ -116,6 +116,9 @@ class Environment:
         folder: what programs in it are run in.
         python: its interpreter.
         site_packages: where pip installs to.
+
+    Raises:
+        PackError: it cannot be made.
     """
 
     def __init__(self, folder: Path, project: Project) -> None:
