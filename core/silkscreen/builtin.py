@@ -30,8 +30,9 @@ def register_bases() -> Mapping[str, str]:
 def register_carriers() -> Sequence[Carrier]:
     """The carriers of the field."""
     from silkscreen.carriers.kv_cache import KVCache
+    from silkscreen.carriers.lora import LoRA
 
-    return [KVCache()]
+    return [KVCache(), LoRA()]
 
 
 @hookimpl

@@ -13,7 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from silkscreen import TemplatePipeline, hookimpl, registry
 from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import CacheError, InputError, PipelineError, UnknownNameError
-from small_flux2 import CALL, build_pipeline
+from small_flux2 import CALL, build_pipeline, draw
 
 MakeKV = Callable[..., dict[str, Any]]
 
@@ -23,24 +23,6 @@ def cache(kv: Any) -> TemplateCache:
 
 
 EMPTY = TemplateCache({}, {}, "")
-
-
-def draw(pipe: Any, **arguments: Any) -> np.ndarray:
-    generator = torch.Generator().manual_seed(0)
-    return np.asarray(pipe(**{**CALL, "prompt": "red", "generator": generator, **arguments}).images)
-
-
-@pytest.fixture
-def transformer_inputs() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "hidden_states": torch.randn(2, 4, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 6, 32, generator=generator),
-        "timestep": torch.tensor([0.5, 0.5]),
-        "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(2), torch.arange(1)),
-        "txt_ids": torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(6)),
-        "return_dict": False,
-    }
 
 
 def naive_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv: Any) -> torch.Tensor:
