@@ -12,6 +12,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -101,6 +102,11 @@ def random_lora(seed: int, *modules: str, rank: int = 2, batch: tuple[int, ...] 
         factors[f"{module}.lora_A.weight"] = random_tensor(1000 * seed + 2 * index, *batch, rank, inputs) / 4
         factors[f"{module}.lora_B.weight"] = random_tensor(1000 * seed + 2 * index + 1, *batch, outputs, rank) / 4
     return factors
+
+
+def random_picture(seed: int) -> Image.Image:
+    """Return a picture of 64 x 64, which is the least that a pipeline takes."""
+    return Image.fromarray((random_tensor(seed, 64, 64, 3).sigmoid() * 255).to(torch.uint8).numpy())
 
 
 def draw(pipe: Any, **arguments: Any) -> np.ndarray:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from silkscreen import TemplatePipeline
 from silkscreen.bases import Base, Geometry
 from silkscreen.cache import TemplateCache, inject, merge
 from silkscreen.carriers.lora import linear_layers
 from silkscreen.errors import CacheError, PipelineError
+from silkscreen.training.config import TrainingConfig
+from silkscreen.training.trainer import train
 from small_flux2 import CALL, SHAPES, draw, random_lora, random_tensor
 from torch import nn
 
@@ -201,6 +207,43 @@ def test_gradients_reach_both_factors(small_pipe: Any, transformer_inputs: dict[
         assert gradient is not None
         assert gradient.abs().max() > 0
         torch.testing.assert_close(gradient, naive[key].grad, atol=1e-4, rtol=1e-3)
+
+
+TRAINED_TEMPLATE = """
+    import torch
+
+    MODULE = "single_transformer_blocks.1.attn.to_out"
+
+    class TEMPLATE_MODEL(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.full((2, 768), 0.01))
+            self.b = torch.nn.Parameter(torch.full((192, 2), 0.01))
+            self.words = torch.nn.Parameter(torch.full((1, 1, 288), 0.01))
+
+        def process_inputs(self, pipe, scale, **kwargs):
+            return {"scale": torch.tensor([scale])}
+
+        def forward(self, pipe, scale, **kwargs):
+            b = self.b * scale.view(-1, 1, 1)
+            lora = {f"{MODULE}.lora_A.weight": self.a, f"{MODULE}.lora_B.weight": b}
+            return {"lora": lora, "text_embedding": self.words}
+"""
+
+
+def test_training_reaches_what_makes_an_update(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(textwrap.dedent(TRAINED_TEMPLATE))
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "red.png")
+    row = {"image": "red.png", "prompt": "a large red star on a red background"}
+    rows = [row | {"template_inputs": {"scale": scale}} for scale in (0.5, 1.0)]
+    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    config = TrainingConfig(
+        str(tmp_path), tmp_path / "metadata.json", tmp_path / "out", batch_size=2, weight_decay=0.0, trust_code=True
+    )
+    weights = load_file(train(config))
+    assert weights.keys() == {"a", "b", "words"}
+    for weight in weights.values():
+        assert (weight != 0.01).float().mean() > 0.9
 
 
 def test_a_call_leaves_no_trace(small_pipe: Any, fixed_folder: Callable[..., Path]) -> None:
