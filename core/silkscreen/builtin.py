@@ -29,9 +29,11 @@ def register_bases() -> Mapping[str, str]:
 @hookimpl
 def register_carriers() -> Sequence[Carrier]:
     """The carriers of the field."""
+    from silkscreen.carriers.extra_text_embedding import ExtraTextEmbedding
     from silkscreen.carriers.kv_cache import KVCache
+    from silkscreen.carriers.lora import LoRA
 
-    return [KVCache()]
+    return [KVCache(), LoRA(), ExtraTextEmbedding()]
 
 
 @hookimpl
