@@ -71,6 +71,14 @@ class Template:
         config = getattr(self.module, "TEMPLATE_MODEL_CONFIG", None) or {}
         return dict((config.get(base_id) or {}) if _is_by_base(config, self._paths) else config)
 
+    def has_weights(self, base_id: str) -> bool:
+        """Whether there are weights for a base: the paths for it are sources, or files that exist."""
+        try:
+            paths = self.weight_paths(base_id)
+        except WeightsError:
+            return False
+        return bool(paths) and all(weights.is_source(path) or (self.folder / path).is_file() for path in paths)
+
     def weight_paths(self, base_id: str) -> list[str]:
         """Return the weight paths for a base, each relative to `folder` or a source; none for a model without weights.
 

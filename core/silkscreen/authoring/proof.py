@@ -199,7 +199,7 @@ def _obstacle(base_id: str) -> str:
     base = known_bases().get(base_id)
     if base is None:
         return f"the base {base_id} is not installed"
-    if any(weights.is_source(reference) for reference in base.components.values()):
+    if any(weights.is_source(str(reference)) for reference in base.components.values()):
         return f"the base {base_id} is on a hub, and too large to be fetched for a proof"
     return ""
 

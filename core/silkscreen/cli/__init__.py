@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -40,10 +41,10 @@ def command_line() -> click.Group:
     return group
 
 
-def main() -> None:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default on the program's own arguments."""
     warnings.showwarning = _show_warning
-    command_line()(prog_name="silkscreen")
+    command_line()(arguments, prog_name="silkscreen")
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
