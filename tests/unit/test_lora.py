@@ -238,7 +238,11 @@ def test_training_reaches_what_makes_an_update(tmp_path: Path) -> None:
     rows = [row | {"template_inputs": {"scale": scale}} for scale in (0.5, 1.0)]
     (tmp_path / "metadata.json").write_text(json.dumps(rows))
     config = TrainingConfig(
-        str(tmp_path), tmp_path / "metadata.json", tmp_path / "out", batch_size=2, weight_decay=0.0, trust_code=True
+        template_model_id_or_path=str(tmp_path),
+        dataset_metadata_path=tmp_path / "metadata.json",
+        output_path=tmp_path / "out",
+        batch_size=2,
+        weight_decay=0.0,
     )
     weights = load_file(train(config))
     assert weights.keys() == {"a", "b", "words"}

@@ -21,12 +21,12 @@ WITHOUT_MEANING = {
 """Flags of the field that make no sense here, with the reason."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """A training run.
 
     Attributes:
-        template_model_id_or_path: an installed template, or a folder with a `model.py`.
+        template_model_id_or_path: an installed template, or a folder with a `model.py`, whose code is then executed.
         dataset_metadata_path: a `metadata.jsonl`, `.json` or `.csv` with `image`, `prompt` and `template_inputs`.
         output_path: the folder for checkpoints, the log and the resolved configuration.
         dataset_base_path: the folder that paths in the metadata are relative to; by default the metadata's.
@@ -41,7 +41,7 @@ class TrainingConfig:
         model_paths: folders of the base's models, as a JSON list; for files, the folders they are in.
         model_id_with_origin_paths: the base's models, by commas, as `ID:PATTERN`; ID is a folder or a hub's id.
         tokenizer_path: the tokenizer's folder, or `ID:FOLDER/`.
-        trust_code: let the code of a template folder run.
+        trust_code: accepted, and needed for nothing: to train a folder is to run its code.
         task: `sft` trains; `sft:data_process` only encodes the rows, into `output_path`; `sft:train` trains on what it
             encoded, named by `dataset_base_path`, without VAE and text encoder in memory.
         no_cache: encode every row anew in every epoch.

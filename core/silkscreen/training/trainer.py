@@ -111,7 +111,7 @@ class _Run:
         self.config = config
         self.accelerator = _make_accelerator(config)
         self.device = self.accelerator.device
-        self.template = find_template(config.template_model_id_or_path, trust_code=config.trust_code)
+        self.template = find_template(config.template_model_id_or_path, trust_code=True)
         base = training_base(config)
         split = config.task == "sft:train"
         self.prompts = validation.read_prompts(config.validation_prompts) if config.validation_prompts else []
@@ -323,11 +323,9 @@ class _Run:
         sizes = [self.sizes[row] for row in self.shown]
         epochs = [self._epoch(sizes, items, epoch) for epoch in range(config.num_epochs)]
         total = sum(map(len, epochs)) // config.gradient_accumulation_steps
-        schedule = get_scheduler(config.lr_scheduler, optimizer, config.warmup_steps, total)
-        if config.use_gradient_checkpointing or config.use_gradient_checkpointing_offload:
-            self.pipe.transformer.enable_gradient_checkpointing(
-                _offloaded_checkpoint if config.use_gradient_checkpointing_offload else None
-            )
+        kind = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
+        schedule = get_scheduler(kind, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=total)
+        self.enable_checkpointing()
         self.prepared, optimizer, schedule = accelerator.prepare(self.model, optimizer, schedule)
         self.average = EMAModel(parameters, decay=config.ema_decay) if config.ema_decay else None
         if self.average:
@@ -345,9 +343,15 @@ class _Run:
             shutil.rmtree(self.store.folder)
         self._say(
             f"trained: {path}\nmake it a package: silkscreen pack {config.template_model_id_or_path} {path}"
-            f"{' --trust-code' if config.trust_code else ''}"
+            f"{' --trust-code' if Path(config.template_model_id_or_path).is_dir() else ''}"
         )
         return path
+
+    def enable_checkpointing(self) -> None:
+        """Let the base compute activations anew in the backward pass, where the settings say so."""
+        offload = self.config.use_gradient_checkpointing_offload
+        if self.config.use_gradient_checkpointing or offload:
+            self.pipe.transformer.enable_gradient_checkpointing(_offloaded_checkpoint if offload else None)
 
     def _epoch(self, sizes: Sequence[Size], items: int, epoch: int) -> list[list[int]]:
         """Return an epoch's batches, filled up from the beginning to whole steps."""
