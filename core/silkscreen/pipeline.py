@@ -46,14 +46,27 @@ class TemplatePipeline:
     ) -> None:
         if isinstance(templates, str | Path | Template):
             templates = [templates]
-        self.templates = [find_template(template, trust_code=trust_code) for template in templates]
-        names = [template.name for template in self.templates]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise InputError(
-                f"templates are named twice: {', '.join(sorted(twice))}; once is enough for any number of inputs"
-            )
+        self.templates: list[Template] = []
+        self._given: list[str] = []
         self._models: dict[tuple[str, str, torch.dtype, torch.device], nn.Module] = {}
+        for template in templates:
+            self.add(template, trust_code=trust_code)
+
+    def add(self, template: str | Path | Template, *, trust_code: bool = False) -> None:
+        """Take in one more template.
+
+        Raises:
+            UnknownNameError, UnavailableError, UntrustedCodeError, ContractError: it cannot be used.
+            InputError: there is one of its name.
+        """
+        found = find_template(template, trust_code=trust_code)
+        if found.name in [other.name for other in self.templates]:
+            raise InputError(f"template {found.name!r} is named twice: once is enough for any number of inputs")
+        self.templates.append(found)
+        self._given.append(found.name if isinstance(template, Template) else str(template))
+
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self._given or model_id in [template.name for template in self.templates]
 
     def __call__(
         self,
@@ -69,8 +82,9 @@ class TemplatePipeline:
 
         Args:
             pipe: a diffusers FLUX.2 pipeline. It is left as it was, also when the call fails.
-            template_inputs: the values for each template that takes part, with its `model_id`: its name, or its index
-                in `templates`. It may be left out when only one is loaded. A template may be used more than once.
+            template_inputs: the values for each template that takes part, with its `model_id`: its name, what it was
+                given as, or its index in `templates`. It may be left out when only one is loaded. A template may be
+                used more than once.
                 A list of lists gives each prompt its own, or each picture of the batch, in which all pictures of the
                 first prompt come first.
             negative_template_inputs: the same for the negative side of guidance, which runs bare when there are none.
@@ -148,7 +162,7 @@ class TemplatePipeline:
         requests = []
         for index, given in enumerate(template_inputs):
             values = dict(given)
-            template = self._find(values.pop("model_id", None), f"{where}[{index}]")
+            template = self.find(values.pop("model_id", None), f"{where}[{index}]")
             try:
                 requests.append((template, check_values(template.inputs, values)))
             except SilkscreenError as error:
@@ -179,7 +193,14 @@ class TemplatePipeline:
             caches.append(cache)
         return merge(caches, policy)
 
-    def _find(self, model_id: Any, where: str) -> Template:
+    def find(self, model_id: str | int | None, where: str = "template_inputs") -> Template:
+        """Return the template that a `model_id` means.
+
+        Raises:
+            UnknownNameError, InputError: it means none; the message begins with `where`.
+        """
+        if model_id in self._given:
+            return self.templates[self._given.index(model_id)]
         names = [template.name for template in self.templates]
         if model_id is None:
             if len(self.templates) == 1:
