@@ -93,7 +93,16 @@ def test_a_picture_is_not_overwritten_unasked(run: Callable[..., Any], tmp_path:
 
 
 @pytest.mark.parametrize(
-    "words", [["list"], ["info", "brightness"], ["bases"], ["--help"], ["generate", "--help"], ["show", "recipe.toml"]]
+    "words",
+    [
+        ["list"],
+        ["info", "brightness"],
+        ["bases"],
+        ["--help"],
+        ["generate", "--help"],
+        ["batch", "--help"],
+        ["show", "recipe.toml"],
+    ],
 )
 def test_looking_around_imports_neither_torch_nor_a_plugin(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('prompt = "a red star"\ntemplate_inputs = [{ model_id = "brightness" }]\n')

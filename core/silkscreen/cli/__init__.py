@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
@@ -40,10 +41,10 @@ def command_line() -> click.Group:
     return group
 
 
-def main() -> None:
-    """Run the command line."""
+def main(*words: str) -> None:
+    """Run the command line; the words come before those that the program was called with."""
     warnings.showwarning = _show_warning
-    command_line()(prog_name="silkscreen")
+    command_line()([*words, *sys.argv[1:]], prog_name="silkscreen")
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
