@@ -101,6 +101,7 @@ def test_a_picture_is_not_overwritten_unasked(run: Callable[..., Any], tmp_path:
         ["--help"],
         ["generate", "--help"],
         ["batch", "--help"],
+        ["sweep", "--help"],
         ["show", "recipe.toml"],
     ],
 )
