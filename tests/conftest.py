@@ -83,6 +83,20 @@ def small_kv() -> Callable[..., dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     return make
 
 
+@pytest.fixture
+def transformer_inputs() -> dict[str, Any]:
+    """Arguments of a call of `small_pipe.transformer`, for two pictures of 4 tokens and prompts of 6."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 4, 16, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 6, 32, generator=generator),
+        "timestep": torch.tensor([0.5, 0.5]),
+        "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(2), torch.arange(1)),
+        "txt_ids": torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(6)),
+        "return_dict": False,
+    }
+
+
 CONSTANT_TEMPLATE = """
     import torch
 
@@ -109,3 +123,30 @@ def constant_folder(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "model.py").write_text(textwrap.dedent(CONSTANT_TEMPLATE))
     return folder
+
+
+FIXED_TEMPLATE = """
+    import torch
+    from small_flux2 import random_lora, random_picture, random_tensor
+
+    class TEMPLATE_MODEL(torch.nn.Module):
+        def process_inputs(self, pipe, seed=0, **kwargs):
+            return {{"seed": seed}}
+
+        def forward(self, pipe, seed, **kwargs):
+            return {result}
+"""
+"""A template without weights that returns a result written out, of a `seed`."""
+
+
+@pytest.fixture
+def fixed_folder(tmp_path: Path) -> Callable[[str, str], Path]:
+    """Make a folder, of a name, with a template that returns what a Python expression says."""
+
+    def make(name: str, result: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.py").write_text(textwrap.dedent(FIXED_TEMPLATE.format(result=result)))
+        return folder
+
+    return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLFlux2,
@@ -11,6 +12,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
 )
+from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -75,3 +77,39 @@ def build_pipeline(pipeline: type = Flux2KleinPipeline, **config: Any) -> Any:
     pipe.transformer.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+SHAPES = {
+    "transformer_blocks.0.attn.to_q": (32, 32),
+    "transformer_blocks.1.attn.to_out.0": (32, 32),
+    "single_transformer_blocks.0.attn.to_qkv_mlp_proj": (288, 32),
+    "single_transformer_blocks.0.attn.to_out": (32, 128),
+    "single_transformer_blocks.1.attn.to_out": (32, 128),
+}
+"""(out, in) of some linear layers of its transformer."""
+
+
+def random_tensor(seed: int, *shape: int) -> torch.Tensor:
+    """Return a normal random tensor, the same for the same seed and shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_lora(seed: int, *modules: str, rank: int = 2, batch: tuple[int, ...] = ()) -> dict[str, torch.Tensor]:
+    """Return random A and B for modules of `SHAPES`, or for all of them."""
+    factors = {}
+    for index, module in enumerate(modules or SHAPES):
+        outputs, inputs = SHAPES[module]
+        factors[f"{module}.lora_A.weight"] = random_tensor(1000 * seed + 2 * index, *batch, rank, inputs) / 4
+        factors[f"{module}.lora_B.weight"] = random_tensor(1000 * seed + 2 * index + 1, *batch, outputs, rank) / 4
+    return factors
+
+
+def random_picture(seed: int) -> Image.Image:
+    """Return a picture of 64 x 64, which is the least that a pipeline takes."""
+    return Image.fromarray((random_tensor(seed, 64, 64, 3).sigmoid() * 255).to(torch.uint8).numpy())
+
+
+def draw(pipe: Any, **arguments: Any) -> np.ndarray:
+    """Return the pictures of a call with seed 0, as `templates(pipe, seed=0, prompt="red", **CALL)` makes it."""
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipe(**{**CALL, "prompt": "red", "generator": generator, **arguments}).images)

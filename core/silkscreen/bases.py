@@ -46,7 +46,8 @@ class Base:
         title, licence: for people.
         pipeline: name of the diffusers pipeline class.
         distilled: made for few steps without guidance.
-        components: for each part of the pipeline a folder, relative to `folder`, or a source (`hf:owner/repo:path/`).
+        components: for each part of the pipeline a folder, relative to `folder`, or a source (`hf:owner/repo:path/`);
+            a `Path` is taken as it is.
         geometry: of its transformer.
         call: arguments of the pipeline's call that suit it.
         vocabulary: every word it knows, for a base that knows few; empty for none such.
@@ -59,7 +60,7 @@ class Base:
     licence: str
     pipeline: str
     distilled: bool
-    components: Mapping[str, str]
+    components: Mapping[str, str | Path]
     geometry: Geometry
     call: Mapping[str, Any]
     vocabulary: tuple[str, ...]

@@ -7,6 +7,7 @@ share the rows among processes.
 from __future__ import annotations
 
 import json
+import sys
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -140,4 +141,4 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     from silkscreen.cli import main
 
-    main("batch")
+    main(["batch", *sys.argv[1:]])

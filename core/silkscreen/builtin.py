@@ -29,9 +29,11 @@ def register_bases() -> Mapping[str, str]:
 @hookimpl
 def register_carriers() -> Sequence[Carrier]:
     """The carriers of the field."""
+    from silkscreen.carriers.extra_text_embedding import ExtraTextEmbedding
     from silkscreen.carriers.kv_cache import KVCache
+    from silkscreen.carriers.lora import LoRA
 
-    return [KVCache()]
+    return [KVCache(), LoRA(), ExtraTextEmbedding()]
 
 
 @hookimpl
@@ -45,8 +47,8 @@ def register_weight_sources() -> Mapping[str, Callable[[str], Path]]:
 @hookimpl
 def register_commands(group: click.Group) -> None:
     """The commands of `silkscreen`."""
-    from silkscreen.cli import bases, batch, generate, info, show, sweep, train
+    from silkscreen.cli import bases, batch, generate, info, pack, show, sweep, train
     from silkscreen.cli import list as listing
 
-    for module in (listing, info, bases, generate, show, batch, sweep, train):
+    for module in (listing, info, bases, generate, show, batch, sweep, train, pack):
         group.add_command(module.command)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from silkscreen.bases import Base
-from silkscreen.carriers import carriers
+from silkscreen.carriers import ALIASES, carriers
 from silkscreen.errors import CacheError
 from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Sides
 
@@ -41,17 +41,23 @@ class TemplateCache:
         """Take what a template's `forward` returned: a dict of fields.
 
         Raises:
-            CacheError: it is no dict.
+            CacheError: it is no dict, or has one carrier under two names.
         """
         if not isinstance(result, Mapping):
             raise CacheError(
                 f"template {template!r}: forward returned {type(result).__name__}, not a dict of fields: "
                 'return {"kv_cache": ...} or another carrier'
             )
+        named: dict[str, Any] = {}
+        for given, value in result.items():
+            name = ALIASES.get(str(given), str(given))
+            if name in named:
+                raise CacheError(f"template {template!r}: forward returned {name!r} under two names: return one")
+            named[name] = value
         known = carriers()
         return cls(
-            fields={name: value for name, value in result.items() if name in known},
-            arguments={name: value for name, value in result.items() if name not in known},
+            fields={name: value for name, value in named.items() if name in known},
+            arguments={name: value for name, value in named.items() if name not in known},
             source=template,
         )
 

@@ -64,3 +64,11 @@ class BaseError(SilkscreenError):
 
 class TrainingError(SilkscreenError):
     """Training cannot start or go on."""
+
+
+class ProjectError(SilkscreenError):
+    """A plugin's project folder cannot be found, read or made."""
+
+
+class PackError(SilkscreenError):
+    """A template cannot be packed into a wheel, or the wheel does not hold what it should."""

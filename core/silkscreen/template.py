@@ -59,10 +59,38 @@ class Template:
         """The class whose instances turn a dataset row's `template_inputs` into arguments of `process_inputs`."""
         return getattr(self.module, "TEMPLATE_DATA_PROCESSOR", None)
 
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The bases it is for: those its weights are keyed by, or else the manifest's; empty when it does not say."""
+        if _is_by_base(self._paths, self._paths):
+            return tuple(self._paths)
+        return self.manifest.bases if self.manifest else ()
+
     def config(self, base_id: str) -> dict[str, Any]:
         """Return the constructor arguments for a base."""
         config = getattr(self.module, "TEMPLATE_MODEL_CONFIG", None) or {}
         return dict((config.get(base_id) or {}) if _is_by_base(config, self._paths) else config)
+
+    def has_weights(self, base_id: str) -> bool:
+        """Whether there are weights for a base: the paths for it are sources, or files that exist."""
+        try:
+            paths = self.weight_paths(base_id)
+        except WeightsError:
+            return False
+        return bool(paths) and all(weights.is_source(path) or (self.folder / path).is_file() for path in paths)
+
+    def weight_paths(self, base_id: str) -> list[str]:
+        """Return the weight paths for a base, each relative to `folder` or a source; none for a model without weights.
+
+        Raises:
+            WeightsError: it has weights, but for other bases.
+        """
+        paths = self._paths
+        if _is_by_base(paths, paths):
+            if base_id not in paths:
+                raise WeightsError(f"it has no weights for the base {base_id!r}: it has some for {', '.join(paths)}")
+            paths = paths[base_id]
+        return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths or ())]
 
     def construct(self, base_id: str) -> nn.Module:
         """Return a new model for a base, without weights."""
@@ -104,16 +132,14 @@ class Template:
 
     def _files(self, base_id: str) -> tuple[list[TensorFile], list[str]]:
         """Return the weight files for a base, and what is wrong with them."""
-        paths = self._paths
-        if _is_by_base(paths, paths):
-            if base_id not in paths:
-                return [], [f"it has no weights for the base {base_id!r}: it has some for {', '.join(paths)}"]
-            paths = paths[base_id]
-        references = [paths] if isinstance(paths, str | Path) else list(paths or ())
+        try:
+            references = self.weight_paths(base_id)
+        except WeightsError as error:
+            return [], [str(error)]
         files, problems = [], []
         for reference in references:
             try:
-                files.append(weights.inspect(weights.locate(str(reference), self.folder)))
+                files.append(weights.inspect(weights.locate(reference, self.folder)))
             except WeightsError as error:
                 problems.append(str(error))
         return files, problems
@@ -137,6 +163,33 @@ def find_template(name: str | Path | Template, *, trust_code: bool = False) -> T
         template = _from_folder(Path(name), trust_code)
     else:
         template = _from_entry(registry.find(registry.TEMPLATES, name), name)
+    return _checked(template)
+
+
+def import_template(entry: registry.Entry) -> Template:
+    """Import the module of an entry, found or made up, and return the template it is.
+
+    Raises:
+        ContractError: the module cannot be imported or breaks the contract.
+    """
+    return _checked(_from_entry(entry, entry.name))
+
+
+def require_trust(folder: Path, module: Path, trust_code: bool) -> None:
+    """Refuse to go on unless the code of a template folder is trusted.
+
+    Raises:
+        UntrustedCodeError: `trust_code` is not given; the message has the file's sha256.
+    """
+    if not trust_code:
+        digest = hashlib.sha256(module.read_bytes()).hexdigest()
+        raise UntrustedCodeError(
+            f"using {folder} as a template executes the code in {module} (sha256 {digest}). "
+            "If you have read it and trust it, pass trust_code=True, or --trust-code on the command line"
+        )
+
+
+def _checked(template: Template) -> Template:
     problems = contract_violations(template.module, template.manifest)
     if problems:
         raise ContractError(template.name, [f"{template.origin}: {problem}" for problem in problems])
@@ -225,12 +278,8 @@ def _from_folder(folder: Path, trust_code: bool) -> Template:
         raise ContractError(
             str(folder), [f"there is no {path}: name an installed template, or a folder with a model.py"]
         )
+    require_trust(folder, path, trust_code)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not trust_code:
-        raise UntrustedCodeError(
-            f"using {folder} as a template executes the code in {path} (sha256 {digest}). "
-            "If you have read it and trust it, pass trust_code=True, or --trust-code on the command line"
-        )
     name = f"silkscreen_folder_{digest[:16]}_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
     module = sys.modules.get(name)
     if module is None:

@@ -37,22 +37,36 @@ def locate(reference: str, folder: Path) -> Path:
     Raises:
         WeightsError: the path is absolute, leaves the folder or does not exist; the source is unknown.
     """
-    scheme, separator, rest = reference.partition(":")
-    absolute = PurePosixPath(reference).is_absolute() or PureWindowsPath(reference).is_absolute()
-    if separator and not absolute:
+    if is_source(reference):
+        scheme, _, rest = reference.partition(":")
         sources: dict[str, Callable[[str], Path]] = {}
         for registered in registry.plugin_manager().hook.register_weight_sources():
             sources |= registered
         if scheme not in sources:
             raise WeightsError(f"weight path {reference!r}: {unknown_name('source', scheme, sources)}")
         return sources[scheme](rest)
-    if absolute:
+    path = inside(reference, folder)
+    if not path.exists():
+        raise WeightsError(f"weight path {reference!r}: there is no {path}")
+    return path
+
+
+def is_source(reference: str) -> bool:
+    """Tell a source, `hf:owner/repo:file`, from a path."""
+    return ":" in reference and not _is_absolute(reference)
+
+
+def inside(reference: str, folder: Path) -> Path:
+    """Return the path in a folder that a relative weight path names, whether or not it exists.
+
+    Raises:
+        WeightsError: the path is absolute or leaves the folder.
+    """
+    if _is_absolute(reference):
         raise WeightsError(f"weight path {reference!r} is absolute: make it relative to {folder}")
     path = folder / reference
     if not path.resolve().is_relative_to(folder.resolve()):
         raise WeightsError(f"weight path {reference!r} leaves {folder}: move the file into the folder")
-    if not path.exists():
-        raise WeightsError(f"weight path {reference!r}: there is no {path}")
     return path
 
 
@@ -113,6 +127,10 @@ def load(
         model = construct()
         _assign(model, files, dtype, device)
     return model.to(device)
+
+
+def _is_absolute(reference: str) -> bool:
+    return PurePosixPath(reference).is_absolute() or PureWindowsPath(reference).is_absolute()
 
 
 def _assign(model: nn.Module, files: Sequence[TensorFile], dtype: torch.dtype, device: torch.device) -> None:

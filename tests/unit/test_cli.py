@@ -102,6 +102,7 @@ def test_a_picture_is_not_overwritten_unasked(run: Callable[..., Any], tmp_path:
         ["generate", "--help"],
         ["batch", "--help"],
         ["sweep", "--help"],
+        ["pack", "--help"],
         ["show", "recipe.toml"],
     ],
 )

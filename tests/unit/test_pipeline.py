@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import Flux2KleinKVPipeline
+from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline
 from diffusers.models.embeddings import apply_rotary_emb
 from silkscreen import TemplatePipeline, hookimpl, registry
 from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import CacheError, InputError, PipelineError, UnknownNameError
-from small_flux2 import CALL, build_pipeline
+from small_flux2 import CALL, SHAPES, build_pipeline, draw, random_lora, random_picture, random_tensor
 
 MakeKV = Callable[..., dict[str, Any]]
 
@@ -23,24 +23,6 @@ def cache(kv: Any) -> TemplateCache:
 
 
 EMPTY = TemplateCache({}, {}, "")
-
-
-def draw(pipe: Any, **arguments: Any) -> np.ndarray:
-    generator = torch.Generator().manual_seed(0)
-    return np.asarray(pipe(**{**CALL, "prompt": "red", "generator": generator, **arguments}).images)
-
-
-@pytest.fixture
-def transformer_inputs() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "hidden_states": torch.randn(2, 4, 16, generator=generator),
-        "encoder_hidden_states": torch.randn(2, 6, 32, generator=generator),
-        "timestep": torch.tensor([0.5, 0.5]),
-        "img_ids": torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(2), torch.arange(1)),
-        "txt_ids": torch.cartesian_prod(torch.arange(1), torch.arange(1), torch.arange(1), torch.arange(6)),
-        "return_dict": False,
-    }
 
 
 def naive_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv: Any) -> torch.Tensor:
@@ -281,6 +263,72 @@ def test_a_template_may_give_an_argument_of_the_call(small_pipe: Any, constant_f
     assert templates(small_pipe, prompt="red", template_inputs=[{}], **arguments).images.shape[1] == 64
     with pytest.raises(CacheError, match="'height', and so does the call"):
         templates(small_pipe, prompt="red", template_inputs=[{}], **CALL)
+
+
+def test_a_picture_that_a_template_gives_is_edited(small_pipe: Any, fixed_folder: Callable[..., Path]) -> None:
+    folder = fixed_folder("photo", '{"image": random_picture(seed)}')
+    drawn = TemplatePipeline(folder, trust_code=True)(
+        small_pipe, prompt="red", seed=0, template_inputs=[{"seed": 3}], **CALL
+    )
+    assert np.array_equal(drawn.images, draw(small_pipe, image=random_picture(3)))
+    assert not np.array_equal(drawn.images, draw(small_pipe))
+
+
+def test_a_conflict_of_templates_is_an_error_or_settled_by_a_policy(fixed_folder: Callable[..., Path]) -> None:
+    pipe = build_pipeline(Flux2KleinInpaintPipeline)
+    first = fixed_folder("first", '{"strength": 0.9, "image": random_picture(1)}')
+    last = fixed_folder("last", '{"strength": 0.6, "mask_image": random_picture(3).convert("L")}')
+    templates = TemplatePipeline([first, last], trust_code=True)
+    call = {**CALL, "num_inference_steps": 4, "height": 64, "width": 64}
+    asked = {"prompt": "red", "seed": 0, "template_inputs": [{"model_id": "first"}, {"model_id": "last"}], **call}
+    with pytest.raises(CacheError, match=r"'first' and 'last' both give the pipeline argument 'strength'"):
+        templates(pipe, **asked)
+    pictures = {"image": random_picture(1), "mask_image": random_picture(3).convert("L")}
+    for policy, strength in (("first", 0.9), ("last", 0.6)):
+        drawn = templates(pipe, on_conflict=policy, **asked).images
+        assert np.array_equal(drawn, draw(pipe, strength=strength, **pictures, **call))
+
+
+def test_several_templates_with_several_carriers_act_in_one_call(
+    small_pipe: Any, constant_folder: Path, fixed_folder: Callable[..., Path]
+) -> None:
+    style = fixed_folder(
+        "style",
+        """{
+            "lora": random_lora(seed),
+            "extra_text_embedding": random_tensor(seed, 1, 3, 32),
+            "kv_cache": {"double_0": (random_tensor(seed, 1, 2, 2, 16), random_tensor(seed + 1, 1, 2, 2, 16))},
+        }""",
+    )
+    templates = TemplatePipeline([style, constant_folder], trust_code=True)
+    drawn = templates(
+        small_pipe,
+        prompt="red",
+        seed=0,
+        template_inputs=[
+            {"model_id": "style", "seed": 1},
+            {"model_id": "constant", "scale": 2.0},
+            {"model_id": "style", "seed": 5},
+        ],
+        **{**CALL, "guidance_scale": 1.0},
+    ).images
+
+    one, two = ((random_tensor(seed, 1, 2, 2, 16), random_tensor(seed + 1, 1, 2, 2, 16)) for seed in (1, 5))
+    kv = {
+        "double_0": tuple(torch.cat(parts, 1) for parts in zip(one, two, strict=True)),
+        "single_1": (torch.ones(1, 2, 2, 16), torch.full((1, 2, 2, 16), 2.0)),
+    }
+    embeds, _ = small_pipe.encode_prompt("red", max_sequence_length=6, text_encoder_out_layers=(1, 2))
+    embeds = torch.cat([embeds, random_tensor(1, 1, 3, 32), random_tensor(5, 1, 3, 32)], 1)
+    bare = draw(small_pipe, guidance_scale=1.0)
+    for lora in (random_lora(1), random_lora(5)):
+        for module in SHAPES:
+            update = lora[f"{module}.lora_B.weight"] @ lora[f"{module}.lora_A.weight"]
+            small_pipe.transformer.get_submodule(module).weight.data += update
+    with inject(small_pipe, cache(kv), EMPTY):
+        naive = draw(small_pipe, prompt=None, prompt_embeds=embeds, guidance_scale=1.0)
+    np.testing.assert_allclose(drawn, naive, atol=1e-5)
+    assert np.abs(drawn - bare).max() > 1e-3
 
 
 def test_a_pipeline_with_other_attention_processors_is_refused_by_name(constant_folder: Path) -> None:

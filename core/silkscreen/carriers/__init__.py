@@ -12,6 +12,9 @@ from silkscreen import registry
 from silkscreen.bases import Base
 from silkscreen.flux2.sides import Sides
 
+ALIASES = {"text_embedding": "extra_text_embedding"}
+"""Other names that templates of the field have for a carrier."""
+
 
 class Carrier(Protocol):
     """One kind of content of a template cache: how it is checked, merged, stacked, saved and injected."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -41,10 +41,10 @@ def command_line() -> click.Group:
     return group
 
 
-def main(*words: str) -> None:
-    """Run the command line; the words come before those that the program was called with."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, by default on the program's own arguments."""
     warnings.showwarning = _show_warning
-    command_line()([*words, *sys.argv[1:]], prog_name="silkscreen")
+    command_line()(arguments, prog_name="silkscreen")
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:

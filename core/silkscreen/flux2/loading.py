@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ _MARK = "_silkscreen_base"
 
 
 def load_base(
-    base: str | Path | Base, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    base: str | Path | Base,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    without: Collection[str] = (),
 ) -> Any:
     """Load a base.
 
@@ -24,6 +29,7 @@ def load_base(
         base: the id of a known base, or a folder in diffusers' layout.
         dtype: of the weights; by default float32 on a CPU and bfloat16 on an accelerator.
         device: by default the accelerator, or the CPU where there is none.
+        without: components that are not loaded, and are None in the pipeline.
 
     Returns:
         An unmodified diffusers FLUX.2 pipeline.
@@ -34,12 +40,21 @@ def load_base(
     """
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
-    if not isinstance(base, Base):
-        base = describe_folder(Path(base)) if Path(base).is_dir() else find_base(str(base))
+    base = base if isinstance(base, Base) else describe_base(base)
     kind = {"is_distilled": True} if base.distilled else {}
-    pipe = _pipeline_class(base)(**_load_components(base, dtype), **kind)
+    pipe = _pipeline_class(base)(**_load_components(base, dtype, without), **kind)
     setattr(pipe, _MARK, base)
     return pipe.to(device)
+
+
+def describe_base(base: str | Path) -> Base:
+    """Return the base of an id or in a folder.
+
+    Raises:
+        UnknownNameError: there is no such base.
+        BaseError: the folder is not in diffusers' layout.
+    """
+    return describe_folder(Path(base)) if Path(base).is_dir() else find_base(str(base))
 
 
 def base_of(pipe: Any) -> Base:
@@ -90,6 +105,19 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+def describe_transformer(folder: Path) -> Base:
+    """Return the known base whose transformer is like the one in a folder, or a base of its own.
+
+    Raises:
+        BaseError: there is no FLUX.2 transformer in the folder.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return _like(Geometry.from_config(config), "Flux2KleinPipeline", False)
+    except (OSError, ValueError, TypeError) as error:
+        raise BaseError(f"{folder} holds no FLUX.2 transformer in diffusers' layout: {error}") from error
+
+
 def _like(geometry: Geometry, pipeline: str, distilled: bool) -> Base:
     alike = [base for base in known_bases().values() if base.geometry == geometry]
     alike.sort(key=lambda base: base.distilled != distilled)
@@ -119,7 +147,7 @@ def _pipeline_class(base: Base) -> Any:
         raise BaseError(f"{base.id}: diffusers {diffusers.__version__} has no pipeline {base.pipeline!r}") from None
 
 
-def _load_components(base: Base, dtype: torch.dtype) -> dict[str, Any]:
+def _load_components(base: Base, dtype: torch.dtype, without: Collection[str]) -> dict[str, Any]:
     import diffusers
     import transformers
 
@@ -135,9 +163,12 @@ def _load_components(base: Base, dtype: torch.dtype) -> dict[str, Any]:
         }
     else:
         loaders |= {"text_encoder": transformers.Qwen3ForCausalLM, "tokenizer": transformers.AutoTokenizer}
-    components = {}
+    components: dict[str, Any] = {}
     for name, reference in base.components.items():
-        folder = weights.locate(reference, base.folder)
+        if name in without:
+            components[name] = None
+            continue
+        folder = reference if isinstance(reference, Path) else weights.locate(reference, base.folder)
         options = {"scheduler": {}, "tokenizer": {}, "text_encoder": {"dtype": dtype}}.get(name, {"torch_dtype": dtype})
         try:
             components[name] = loaders[name].from_pretrained(folder, local_files_only=True, **options)

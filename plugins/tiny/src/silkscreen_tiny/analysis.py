@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from silkscreen_tiny.scenes import HUES, SHAPES, SIZES, unit_shape
 
@@ -116,8 +116,13 @@ def _ring(pixels: Pixels) -> Pixels:
 
 def _shape_mask(pixels: Pixels, background: Pixels) -> NDArray[np.bool_]:
     distance = np.linalg.norm(pixels - background, axis=-1)
-    apart: NDArray[np.bool_] = distance > max(0.5 * float(np.percentile(distance, 99)), 0.02)
-    return apart
+    apart = distance > max(0.5 * float(np.percentile(distance, 99)), 0.02)
+    inner = np.zeros_like(apart)
+    inner[_RING:-_RING, _RING:-_RING] = apart[_RING:-_RING, _RING:-_RING]
+    without_specks: NDArray[np.bool_] = (
+        np.asarray(Image.fromarray(inner).convert("L").filter(ImageFilter.MedianFilter(3))) > 127
+    )
+    return without_specks
 
 
 def _best_shape(mask: NDArray[np.bool_]) -> tuple[str, float]:

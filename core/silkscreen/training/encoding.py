@@ -1,0 +1,91 @@
+"""Encoding rows: everything about a row that does not depend on trained weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from silkscreen.errors import TrainingError
+from silkscreen.flux2.context import TemplateContext
+from silkscreen.template import Template
+from silkscreen.training.config import TrainingConfig, digest
+from silkscreen.training.data import Preparation, Prepared, Row, Size, seed_all
+from silkscreen.training.store import Example, flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """Runs the base's VAE and text encoder and the template's `process_inputs` on prepared rows, one by one.
+
+    Attributes:
+        context: what the template sees as `pipe`.
+        model: the template's model.
+        seed: of what `process_inputs` draws at random; it depends on epoch and row besides.
+    """
+
+    context: TemplateContext
+    model: nn.Module
+    seed: int
+
+    @torch.no_grad()
+    def encode(self, prepared: Prepared, epoch: int) -> Example:
+        """Encode a row.
+
+        Raises:
+            TrainingError: `process_inputs` raised, or returned no dict.
+        """
+        seed_all(self.seed, epoch, prepared.row, "process_inputs")
+        try:
+            processed = self.model.process_inputs(pipe=self.context, **prepared.values)  # type: ignore[operator]
+        except Exception as error:  # whatever a template raises
+            raise TrainingError(f"process_inputs raised {type(error).__name__}: {error}") from error
+        if not isinstance(processed, dict):
+            raise TrainingError(
+                f"process_inputs returned {type(processed).__name__}, not a dict of forward's arguments"
+            )
+        embeds, ids = self.context.encode_prompt(prepared.prompt)
+        latents = self.context.vae.encode(self.context.preprocess_image(prepared.picture))
+        return Example(latents, embeds, ids, processed)
+
+    def is_constant(self, preparation: Preparation) -> bool:
+        """Whether encoding a row gives the same at any time: whatever the chance, the epoch and the trained weights."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        kept = [parameter.detach().clone() for parameter in trained]
+        try:
+            before = flatten(self.encode(preparation.prepare(0, 0), 0), 0)
+            with torch.no_grad():
+                for parameter in trained:
+                    parameter.add_(1.0)
+            after = flatten(self.encode(preparation.prepare(0, 1), 1), 0)
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(trained, kept, strict=True):
+                    parameter.copy_(value)
+        same_form = before[0] == after[0]
+        return same_form and all(torch.equal(value, after[1][name]) for name, value in before[1].items())
+
+
+def about(
+    config: TrainingConfig, base_id: str, template: Template, rows: Sequence[Row], sizes: Sequence[Size]
+) -> dict[str, Any]:
+    """Return what encoded rows depend on, as plain data."""
+    assert config.dataset_metadata_path is not None
+    contents = hashlib.sha256(config.dataset_metadata_path.read_bytes()).hexdigest()
+    pictures = [(row.line, row.image.stat().st_size) for row in rows]
+    return {
+        **about_models(base_id, template),
+        "dataset": digest({"metadata": contents, "pictures": pictures, "sizes": sizes}),
+        "sizes": [list(size) for size in sizes],
+    }
+
+
+def about_models(base_id: str, template: Template) -> dict[str, Any]:
+    """Return the part of it that does not depend on the data set."""
+    source = Path(template.module.__file__ or "").read_bytes()
+    return {"base": base_id, "template": template.name, "code": hashlib.sha256(source).hexdigest()[:16]}
