@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Recipe": "silkscreen.recipe",
     "Template": "silkscreen.template",
     "TemplateCache": "silkscreen.cache",
     "TemplatePipeline": "silkscreen.pipeline",
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from silkscreen.flux2.loading import load_base as load_base
     from silkscreen.hooks import hookimpl as hookimpl
     from silkscreen.pipeline import TemplatePipeline as TemplatePipeline
+    from silkscreen.recipe import Recipe as Recipe
     from silkscreen.template import Template as Template
     from silkscreen.template import find_template as find_template
 

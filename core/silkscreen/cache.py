@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -148,6 +149,36 @@ def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> 
             if name not in arguments or policy == "last":
                 arguments[name], givers[name] = value, cache.source
     return TemplateCache(fields, arguments, ", ".join(cache.source for cache in caches))
+
+
+def stack(caches: Sequence[TemplateCache]) -> TemplateCache:
+    """Make the caches of several pictures, one each, into one of a batch, carrier by carrier.
+
+    Raises:
+        CacheError: the pictures differ in carriers, in their carriers' sizes, or in pipeline arguments.
+    """
+    known = carriers()
+    first = caches[0]
+    for picture, cache in enumerate(caches):
+        if cache.fields.keys() != first.fields.keys():
+            raise CacheError(
+                f"picture 0 has {', '.join(first.fields) or 'no template cache'} and picture {picture} has "
+                f"{', '.join(cache.fields) or 'none'}: draw them in calls of their own"
+            )
+        for name in dict.fromkeys([*first.arguments, *cache.arguments]):
+            if not _equal(first.arguments.get(name), cache.arguments.get(name)):
+                raise CacheError(
+                    f"pictures 0 and {picture} differ in the pipeline argument {name!r}, which a call takes once: "
+                    "draw them in calls of their own"
+                )
+    fields = {name: known[name].stack([cache.fields[name] for cache in caches]) for name in first.fields}
+    return TemplateCache(fields, first.arguments, ", ".join(dict.fromkeys(cache.source for cache in caches)))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return np.array_equal(one, other)
 
 
 @contextmanager

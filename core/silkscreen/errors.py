@@ -50,6 +50,10 @@ class CacheError(SilkscreenError):
     """A template cache does not fit the base, or several do not fit together."""
 
 
+class RecipeError(SilkscreenError):
+    """A recipe cannot be read or followed."""
+
+
 class PipelineError(SilkscreenError):
     """A pipeline cannot be driven by templates."""
 

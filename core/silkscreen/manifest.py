@@ -11,6 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from silkscreen.digest import sha256
 from silkscreen.errors import InputError, ManifestError, UnknownNameError
 
 INPUT_TYPES = ("number", "integer", "boolean", "text", "choice", "image", "mask", "any")
@@ -26,6 +27,50 @@ class _Missing(enum.Enum):
 
 MISSING: Any = _Missing.MISSING
 """Stands where a value could be and there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureFile:
+    """A picture that a file holds.
+
+    Attributes:
+        path: where it is.
+        sha256: checksum of the file, in hexadecimal; a file of another content is not opened.
+    """
+
+    path: Path
+    sha256: str
+
+    @classmethod
+    def at(cls, path: Path, name: str) -> PictureFile:
+        """Take the picture at a path for an input.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        if not path.is_file():
+            raise InputError(f"{name}={path}: no such file")
+        return cls(path, sha256(path))
+
+    def open(self, name: str, mode: str) -> Any:
+        """Return the picture, upright and in Pillow's `mode`, for an input.
+
+        Raises:
+            InputError: the file is gone, has changed, or is no picture.
+        """
+        from PIL import Image, ImageOps
+
+        now = self.at(self.path, name).sha256
+        if now != self.sha256:
+            raise InputError(
+                f"{name}={self.path}: the file has changed, its SHA-256 was {self.sha256} and is {now}: "
+                "put the old one back, or give another picture"
+            )
+        try:
+            with Image.open(self.path) as picture:
+                return ImageOps.exif_transpose(picture).convert(mode)
+        except OSError as error:
+            raise InputError(f"{name}={self.path}: not a picture that Pillow reads ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +119,7 @@ class Input:
     def parse(self, text: str) -> Any:
         """Turn what was typed on a command line into a value.
 
-        Pictures are opened from their path. A list is separated by commas.
+        A picture is named by its path. A list is separated by commas.
 
         Raises:
             InputError: it is no such value.
@@ -92,7 +137,7 @@ class Input:
                 raise self._mismatch(text)
             return words[text.lower()]
         if self.type in ("image", "mask"):
-            return _open_picture(self.name, text, "L" if self.type == "mask" else "RGB")
+            return PictureFile.at(Path(text), self.name)
         if self.type == "any":
             try:
                 return tomllib.loads(f"value = {text}")["value"]
@@ -101,7 +146,7 @@ class Input:
         return text
 
     def check(self, value: Any) -> Any:
-        """Return the value, made exact in type, or say what is wrong with it.
+        """Return the value, made exact in type and a picture opened, or say what is wrong with it.
 
         Raises:
             InputError: the value is of another type or out of range.
@@ -120,6 +165,8 @@ class Input:
         if self.type in ("image", "mask"):
             from PIL import Image
 
+            if isinstance(value, PictureFile):
+                return value.open(self.name, "L" if self.type == "mask" else "RGB")
             if not isinstance(value, Image.Image):
                 raise self._mismatch(value)
         return value
@@ -261,15 +308,3 @@ def _read_input(name: str, table: Any, problems: list[str]) -> Input:
 
 def _is_list_of_text(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
-def _open_picture(name: str, path: str, mode: str) -> Any:
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert(mode)
-    except FileNotFoundError:
-        raise InputError(f"{name}={path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{name}={path}: not a picture that Pillow reads ({error})") from error

@@ -14,7 +14,7 @@ from torch import nn
 
 from silkscreen import registry
 from silkscreen.bases import Base
-from silkscreen.cache import ConflictPolicy, TemplateCache, inject, merge
+from silkscreen.cache import ConflictPolicy, TemplateCache, inject, merge, stack
 from silkscreen.errors import CacheError, InputError, PipelineError, SilkscreenError, UnknownNameError
 from silkscreen.flux2.attention import attention_modules
 from silkscreen.flux2.context import TemplateContext
@@ -24,6 +24,9 @@ from silkscreen.template import Template, find_template
 
 TemplateInput = Mapping[str, Any]
 """The values for one template: `{"model_id": "brightness", "scale": 0.8}`."""
+
+TemplateInputs = Sequence[TemplateInput] | Sequence[Sequence[TemplateInput]]
+"""Template inputs that all pictures of a call share, or a list of them for each picture."""
 
 
 class TemplatePipeline:
@@ -43,21 +46,34 @@ class TemplatePipeline:
     ) -> None:
         if isinstance(templates, str | Path | Template):
             templates = [templates]
-        self.templates = [find_template(template, trust_code=trust_code) for template in templates]
-        names = [template.name for template in self.templates]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise InputError(
-                f"templates are named twice: {', '.join(sorted(twice))}; once is enough for any number of inputs"
-            )
+        self.templates: list[Template] = []
+        self._given: list[str] = []
         self._models: dict[tuple[str, str, torch.dtype, torch.device], nn.Module] = {}
+        for template in templates:
+            self.add(template, trust_code=trust_code)
+
+    def add(self, template: str | Path | Template, *, trust_code: bool = False) -> None:
+        """Take in one more template.
+
+        Raises:
+            UnknownNameError, UnavailableError, UntrustedCodeError, ContractError: it cannot be used.
+            InputError: there is one of its name.
+        """
+        found = find_template(template, trust_code=trust_code)
+        if found.name in [other.name for other in self.templates]:
+            raise InputError(f"template {found.name!r} is named twice: once is enough for any number of inputs")
+        self.templates.append(found)
+        self._given.append(found.name if isinstance(template, Template) else str(template))
+
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self._given or model_id in [template.name for template in self.templates]
 
     def __call__(
         self,
         pipe: Any,
         *,
-        template_inputs: Sequence[TemplateInput] = (),
-        negative_template_inputs: Sequence[TemplateInput] | Literal["default"] | None = None,
+        template_inputs: TemplateInputs = (),
+        negative_template_inputs: TemplateInputs | Literal["default"] | None = None,
         on_conflict: ConflictPolicy = "error",
         seed: int | None = None,
         **arguments: Any,
@@ -66,8 +82,11 @@ class TemplatePipeline:
 
         Args:
             pipe: a diffusers FLUX.2 pipeline. It is left as it was, also when the call fails.
-            template_inputs: the values for each template that takes part, with its `model_id`: its name, or its index
-                in `templates`. It may be left out when only one is loaded. A template may be used more than once.
+            template_inputs: the values for each template that takes part, with its `model_id`: its name, what it was
+                given as, or its index in `templates`. It may be left out when only one is loaded. A template may be
+                used more than once.
+                A list of lists gives each prompt its own, or each picture of the batch, in which all pictures of the
+                first prompt come first.
             negative_template_inputs: the same for the negative side of guidance, which runs bare when there are none.
                 `"default"` takes the positive ones with the negative values of the manifests.
             on_conflict: what happens when two templates give the same pipeline argument: `error`, or the `first` or
@@ -86,16 +105,20 @@ class TemplatePipeline:
         base = base_of(pipe)
         attention_modules(pipe.transformer)
         arguments = self._complete(pipe, base, arguments, seed)
-        if isinstance(negative_template_inputs, str):
-            negative_template_inputs = self.default_negatives(template_inputs) if _has_negative(pipe, arguments) else []
-        elif negative_template_inputs and not _has_negative(pipe, arguments):
+        has_negative = _has_negative(pipe, arguments)
+        given: TemplateInputs = () if isinstance(negative_template_inputs, str) else negative_template_inputs or ()
+        if any(_lists(given).values()) and not has_negative:
             raise PipelineError(
                 f"negative_template_inputs have no effect: {base.id} runs no negative side in this call "
                 "(it is distilled, or guidance_scale is at most 1): leave them out"
             )
         _warn_of_unknown_words(base, arguments)
-        positive = self.compose(pipe, template_inputs, on_conflict=on_conflict)
-        negative = self.compose(pipe, negative_template_inputs or (), on_conflict=on_conflict)
+        positive = self.compose(
+            pipe, template_inputs, on_conflict=on_conflict, repeat=_repeat(template_inputs, arguments)
+        )
+        if isinstance(negative_template_inputs, str) and has_negative:
+            given = [self.default_negatives(some) for some in _lists(template_inputs).values()]
+        negative = self.compose(pipe, given, on_conflict=on_conflict, repeat=_repeat(given, arguments))
         arguments |= _pipeline_arguments(pipe, positive, arguments)
         hooks = registry.plugin_manager().hook
         hooks.before_generate(pipe=pipe, arguments=arguments)
@@ -106,43 +129,44 @@ class TemplatePipeline:
 
     @torch.no_grad()
     def compose(
-        self, pipe: Any, template_inputs: Sequence[TemplateInput], *, on_conflict: ConflictPolicy = "error"
+        self, pipe: Any, template_inputs: TemplateInputs, *, on_conflict: ConflictPolicy = "error", repeat: int = 1
     ) -> TemplateCache:
         """Run the templates on their inputs and compose what they return into one cache.
+
+        Args:
+            pipe: the pipeline that the templates see.
+            template_inputs: those of all pictures; or a list of lists, whose caches are stacked along the batch.
+            on_conflict: as in the call.
+            repeat: how many pictures in a row each list is for.
 
         Raises:
             UnknownNameError, InputError: the template inputs are wrong.
             CacheError: a template's cache does not fit the base, or several do not fit together.
         """
-        requests = self.check_inputs(template_inputs)
-        if not requests:
-            return TemplateCache({}, {}, "")
         context = TemplateContext(pipe)
-        caches = []
-        for template, values in requests:
-            model = self._model(template, context)
-            processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
-            cache = TemplateCache.from_result(model(pipe=context, **processed), template.name)
-            cache.check(context.base)
-            caches.append(cache)
-        return merge(caches, on_conflict)
+        requests = [self.check_inputs(some, where) for where, some in _lists(template_inputs).items()]
+        caches = [self._compose(context, some, on_conflict) for some in requests]
+        return stack([cache for cache in caches for _ in range(repeat)]) if len(caches) > 1 else caches[0]
 
-    def check_inputs(self, template_inputs: Sequence[TemplateInput]) -> list[tuple[Template, dict[str, Any]]]:
+    def check_inputs(
+        self, template_inputs: Sequence[TemplateInput], where: str = "template_inputs"
+    ) -> list[tuple[Template, dict[str, Any]]]:
         """Return, for each template input, its template and its values, checked and completed.
 
         Raises:
-            UnknownNameError, InputError: a template or a value is unknown, missing, of another type or out of range.
+            UnknownNameError, InputError: a template or a value is unknown, missing, of another type or out of range;
+                the message begins with `where`.
         """
         if isinstance(template_inputs, Mapping):
             template_inputs = [template_inputs]
         requests = []
         for index, given in enumerate(template_inputs):
             values = dict(given)
-            template = self._find(values.pop("model_id", None), index)
+            template = self.find(values.pop("model_id", None), f"{where}[{index}]")
             try:
                 requests.append((template, check_values(template.inputs, values)))
             except SilkscreenError as error:
-                raise type(error)(f"template_inputs[{index}] for {template.name!r}: {error}") from None
+                raise type(error)(f"{where}[{index}] for {template.name!r}: {error}") from None
         return requests
 
     def default_negatives(self, template_inputs: Sequence[TemplateInput]) -> list[TemplateInput]:
@@ -157,20 +181,37 @@ class TemplatePipeline:
                 negatives.append({"model_id": template.name, **values, **changed})
         return negatives
 
-    def _find(self, model_id: Any, index: int) -> Template:
+    def _compose(
+        self, context: TemplateContext, requests: Sequence[tuple[Template, dict[str, Any]]], policy: ConflictPolicy
+    ) -> TemplateCache:
+        caches = []
+        for template, values in requests:
+            model = self._model(template, context)
+            processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
+            cache = TemplateCache.from_result(model(pipe=context, **processed), template.name)
+            cache.check(context.base)
+            caches.append(cache)
+        return merge(caches, policy)
+
+    def find(self, model_id: str | int | None, where: str = "template_inputs") -> Template:
+        """Return the template that a `model_id` means.
+
+        Raises:
+            UnknownNameError, InputError: it means none; the message begins with `where`.
+        """
+        if model_id in self._given:
+            return self.templates[self._given.index(model_id)]
         names = [template.name for template in self.templates]
         if model_id is None:
             if len(self.templates) == 1:
                 return self.templates[0]
-            raise InputError(f"template_inputs[{index}] has no model_id: it is one of {', '.join(names)}")
+            raise InputError(f"{where} has no model_id: it is one of {', '.join(names)}")
         if isinstance(model_id, int):
             if not 0 <= model_id < len(names):
-                raise UnknownNameError(
-                    f"template_inputs[{index}]: model_id {model_id} of {len(names)} templates, from 0"
-                )
+                raise UnknownNameError(f"{where}: model_id {model_id} of {len(names)} templates, from 0")
             return self.templates[model_id]
         if model_id not in names:
-            raise UnknownNameError(f"template_inputs[{index}]: {unknown_name('model_id', str(model_id), names)}")
+            raise UnknownNameError(f"{where}: {unknown_name('model_id', str(model_id), names)}")
         return self.templates[names.index(model_id)]
 
     def _model(self, template: Template, context: TemplateContext) -> nn.Module:
@@ -197,6 +238,30 @@ def _has_negative(pipe: Any, arguments: Mapping[str, Any]) -> bool:
     guided = hasattr(type(pipe), "do_classifier_free_guidance") and not pipe.config.get("is_distilled", False)
     scale = arguments.get("guidance_scale", inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)
     return guided and scale > 1
+
+
+def _lists(template_inputs: Any) -> dict[str, Sequence[TemplateInput]]:
+    """Return the list of template inputs that all pictures share, or that of each, by where it is, for messages."""
+    if isinstance(template_inputs, Mapping):
+        template_inputs = [template_inputs]
+    kinds = {isinstance(each, Mapping) for each in template_inputs or ()}
+    if len(kinds) > 1:
+        raise InputError("template_inputs mixes inputs with lists of inputs: give each picture a list of its own")
+    if kinds == {False}:
+        return {f"template_inputs[{n}]": some for n, some in enumerate(template_inputs)}
+    return {"template_inputs": template_inputs or ()}
+
+
+def _repeat(template_inputs: TemplateInputs, arguments: Mapping[str, Any]) -> int:
+    """Return how many pictures each list is for: all pictures of a prompt follow each other in a pipeline's batch."""
+    lists = len(_lists(template_inputs))
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    count = arguments.get("num_images_per_prompt") or 1
+    if lists not in (1, prompts, prompts * count):
+        wanted = f"{prompts}, one for each prompt" + (f", or {prompts * count}, one for each picture" * (count > 1))
+        raise InputError(f"template_inputs has {lists} lists: give {wanted}")
+    return count if lists == prompts else 1
 
 
 def _pipeline_arguments(pipe: Any, cache: TemplateCache, given: Mapping[str, Any]) -> Mapping[str, Any]:

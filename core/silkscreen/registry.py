@@ -85,6 +85,24 @@ def find(group: str, name: str) -> Entry:
     raise UnavailableError(f"{kind} {name!r} ({entry.distribution} {entry.version}) is {entry.status}: {entry.reason}")
 
 
+def manifest(template: str) -> Manifest | None:
+    """Return the manifest of a template, named or a folder, without importing it; None when it has none.
+
+    Raises:
+        UnknownNameError, UnavailableError: no template of that name can be used.
+        ManifestError: the folder's is wrong.
+    """
+    if is_folder(template):
+        path = Path(template) / "template.toml"
+        return read_manifest(path) if path.is_file() else None
+    return find(TEMPLATES, template).manifest
+
+
+def is_folder(template: str) -> bool:
+    """Whether a template is named by a folder rather than as installed."""
+    return "/" in template or (Path(template) / "model.py").is_file()
+
+
 @cache
 def plugin_manager() -> pluggy.PluginManager:
     """Return the one plugin manager, with every installed plugin whose status is `ok` registered.

@@ -115,6 +115,17 @@ class Template:
             model = self.construct(base_id).to(device, dtype)
         return model.eval().requires_grad_(False)
 
+    def weight_files(self, base_id: str) -> list[Path]:
+        """Return the local files of its weights for a base.
+
+        Raises:
+            ContractError: it has none for the base, or they cannot be had.
+        """
+        files, problems = self._files(base_id)
+        if problems:
+            raise ContractError(self.name, [f"{self.origin}: {problem}" for problem in problems])
+        return [file.path for file in files]
+
     @property
     def _paths(self) -> Any:
         return getattr(self.module, "TEMPLATE_MODEL_PATH", None)
@@ -148,7 +159,7 @@ def find_template(name: str | Path | Template, *, trust_code: bool = False) -> T
     """
     if isinstance(name, Template):
         return name
-    if isinstance(name, Path) or "/" in name or (Path(name) / "model.py").is_file():
+    if isinstance(name, Path) or registry.is_folder(name):
         template = _from_folder(Path(name), trust_code)
     else:
         template = _from_entry(registry.find(registry.TEMPLATES, name), name)

@@ -31,6 +31,18 @@ def draw(
     batch: int = 16,
 ) -> list[Image.Image]:
     """Draw a picture for each prompt, the n-th with seed `first_seed + n`, all with the same template inputs."""
+    return draw_each(pipe, templates, prompts, [template_inputs] * len(prompts), first_seed, batch)
+
+
+def draw_each(
+    pipe: Any,
+    templates: TemplatePipeline,
+    prompts: Sequence[str],
+    inputs: Sequence[Sequence[dict[str, Any]]],
+    first_seed: int = SEED,
+    batch: int = 16,
+) -> list[Image.Image]:
+    """Draw a picture for each prompt, the n-th with seed `first_seed + n` and template inputs of its own."""
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         some = list(prompts[start : start + batch])
@@ -39,21 +51,11 @@ def draw(
             pipe,
             prompt=some,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            template_inputs=template_inputs,
+            template_inputs=inputs[start : start + batch],
             negative_template_inputs="default",
         )
         pictures += result.images
     return pictures
-
-
-def draw_each(
-    pipe: Any, templates: TemplatePipeline, prompts: Sequence[str], inputs: Sequence[Sequence[dict[str, Any]]]
-) -> list[Image.Image]:
-    """Draw a picture for each prompt with template inputs of its own."""
-    return [
-        draw(pipe, templates, [prompt], template_inputs, first_seed=SEED + n)[0]
-        for n, (prompt, template_inputs) in enumerate(zip(prompts, inputs, strict=True))
-    ]
 
 
 def pearson(requested: Sequence[float], measured: Sequence[float]) -> float:

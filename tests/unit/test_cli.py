@@ -93,14 +93,26 @@ def test_a_picture_is_not_overwritten_unasked(run: Callable[..., Any], tmp_path:
 
 
 @pytest.mark.parametrize(
-    "words", [["list"], ["info", "brightness"], ["bases"], ["--help"], ["generate", "--help"], ["pack", "--help"]]
+    "words",
+    [
+        ["list"],
+        ["info", "brightness"],
+        ["bases"],
+        ["--help"],
+        ["generate", "--help"],
+        ["batch", "--help"],
+        ["sweep", "--help"],
+        ["pack", "--help"],
+        ["show", "recipe.toml"],
+    ],
 )
-def test_looking_around_imports_neither_torch_nor_a_plugin(words: list[str]) -> None:
+def test_looking_around_imports_neither_torch_nor_a_plugin(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('prompt = "a red star"\ntemplate_inputs = [{ model_id = "brightness" }]\n')
     program = (
         "import sys\nfrom silkscreen.cli import command_line\n"
         f"command_line().main({words!r}, standalone_mode=False)\n"
         "heavy = [m for m in sys.modules if m in ('torch', 'diffusers') or m.startswith('silkscreen_')]\n"
         "assert not heavy, heavy\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ import torch
 from silkscreen import TemplatePipeline
 from silkscreen.bases import Base, Geometry
 from silkscreen.cache import TemplateCache, inject, merge
+from silkscreen.carriers.extra_text_embedding import ExtraTextEmbedding
 from silkscreen.errors import CacheError
 from small_flux2 import CALL, draw, random_tensor
 
@@ -160,3 +161,10 @@ def test_a_saved_embedding_is_the_same_when_loaded(tmp_path: Path) -> None:
     cache(embedding, "text_embedding").save(tmp_path / "c.safetensors")
     loaded = TemplateCache.load(tmp_path / "c.safetensors")
     assert torch.equal(loaded.fields["extra_text_embedding"], embedding)
+
+
+def test_pictures_of_a_batch_have_tokens_of_their_own() -> None:
+    one, two = torch.randn(2, 1, 3, 8)
+    assert torch.equal(ExtraTextEmbedding().stack([one, two]), torch.cat([one, two]))
+    with pytest.raises(CacheError, match="picture 0 has 3 tokens and picture 1 has 2"):
+        ExtraTextEmbedding().stack([one, two[:, :2]])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from silkscreen.bases import Base, Geometry
-from silkscreen.cache import TemplateCache, merge
+from silkscreen.cache import TemplateCache, merge, stack
 from silkscreen.errors import CacheError
 
 MakeKV = Callable[..., dict[str, Any]]
@@ -69,6 +69,22 @@ def test_merging_repeats_a_batch_of_one(small_kv: MakeKV) -> None:
     key, _ = merge([cache(one), cache(two)]).fields["kv_cache"]["single_0"]
     assert key.shape == (2, 6, 2, 16)
     assert torch.equal(key[0, :3], key[1, :3])
+
+
+def test_stacking_gives_each_picture_its_own_keys_and_values(small_kv: MakeKV) -> None:
+    one, two = small_kv("double_0", "single_0", seed=1), small_kv("single_0", "double_0", seed=2)
+    stacked = stack([cache(one), cache(two), cache(one)]).fields["kv_cache"]
+    for block in ("double_0", "single_0"):
+        for part in (0, 1):
+            assert torch.equal(stacked[block][part], torch.cat([one[block][part], two[block][part], one[block][part]]))
+
+
+def test_pictures_of_different_tokens_are_named(small_kv: MakeKV) -> None:
+    one, two = small_kv("double_0"), small_kv("double_0", "single_0")
+    with pytest.raises(CacheError, match="picture 0 has 0 template tokens and picture 2 has 3"):
+        stack([cache(one), cache(one), cache(two)])
+    with pytest.raises(CacheError, match="picture 1 has a batch of 2"):
+        stack([cache(one), cache(small_kv("double_0", batch=2))])
 
 
 def test_a_pipeline_argument_given_twice_is_a_conflict_unless_a_policy_chooses() -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from silkscreen import TemplatePipeline
 from silkscreen.bases import Base, Geometry
 from silkscreen.cache import TemplateCache, inject, merge
-from silkscreen.carriers.lora import linear_layers
+from silkscreen.carriers.lora import LoRA, linear_layers
 from silkscreen.errors import CacheError, PipelineError
 from silkscreen.training.config import TrainingConfig
 from silkscreen.training.trainer import train
@@ -375,3 +375,18 @@ def test_a_saved_update_is_the_same_when_loaded(tmp_path: Path, run: Callable[..
     loaded.check(BASE)
     assert loaded.fields["lora"].keys() == random_lora(1).keys()
     assert torch.equal(run(loaded), run(cache(lora)))
+
+
+def test_pictures_of_a_batch_have_updates_of_their_own() -> None:
+    one, two = random_lora(1, TO_Q), random_lora(2, rank=3)
+    stacked = LoRA().stack([one, two])
+    for module in SHAPES:
+        a, b = stacked[f"{module}.lora_A.weight"], stacked[f"{module}.lora_B.weight"]
+        assert a.shape[:2] == (2, 3)
+        for picture, own in enumerate((one, two)):
+            update = torch.zeros(b.shape[1], a.shape[2])
+            if f"{module}.lora_A.weight" in own:
+                update = own[f"{module}.lora_B.weight"] @ own[f"{module}.lora_A.weight"]
+            torch.testing.assert_close(b[picture] @ a[picture], update)
+    with pytest.raises(CacheError, match="picture 0 has a batch of 2"):
+        LoRA().stack([stacked, two])

@@ -105,13 +105,24 @@ def test_text_is_parsed_by_type(tmp_path: Path) -> None:
     assert Input("n", "integer").parse("3") == 3
     assert Input("b", "boolean").parse("yes") is True
     assert Input("many", "number", many=True).parse("1,2") == [1.0, 2.0]
-    picture = Input("image", "image").parse(str(tmp_path / "a.png"))
+    image = Input("image", "image")
+    picture = image.check(image.parse(str(tmp_path / "a.png")))
     assert (picture.mode, picture.size) == ("RGB", (4, 2))
 
 
 def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
+    image = Input("image", "image")
     with pytest.raises(InputError, match=r"a\.png: not a picture"):
-        Input("image", "image").parse(str(tmp_path / "a.png"))
+        image.check(image.parse(str(tmp_path / "a.png")))
     with pytest.raises(InputError, match="no such file"):
-        Input("image", "image").parse(str(tmp_path / "b.png"))
+        image.parse(str(tmp_path / "b.png"))
+
+
+def test_a_picture_that_has_changed_is_refused(tmp_path: Path) -> None:
+    image = Input("image", "image")
+    Image.new("RGB", (4, 2), "red").save(tmp_path / "a.png")
+    picture = image.parse(str(tmp_path / "a.png"))
+    Image.new("RGB", (40, 20), "blue").save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=rf"a\.png: the file has changed, its SHA-256 was {picture.sha256} and is"):
+        image.check(picture)

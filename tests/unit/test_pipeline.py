@@ -112,6 +112,76 @@ def test_a_batch_has_the_cache_in_every_picture(small_pipe: Any, small_kv: MakeK
     np.testing.assert_allclose(two, np.repeat(one, 2, axis=0), atol=1e-5)
 
 
+def test_each_picture_of_a_batch_may_have_its_own_inputs(small_pipe: Any, constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+
+    def pictures(prompts: list[str], first_seed: int, *scales: list[float], **arguments: Any) -> np.ndarray:
+        count = len(prompts) * arguments.get("num_images_per_prompt", 1)
+        positive, negative = ([[{"scale": scale}] for scale in side] for side in scales)
+        generators = [torch.Generator().manual_seed(first_seed + n) for n in range(count)]
+        return templates(
+            small_pipe,
+            prompt=prompts,
+            generator=generators,
+            template_inputs=positive,
+            negative_template_inputs=negative,
+            **{**CALL, **arguments},
+        ).images
+
+    together = pictures(["red", "blue"], 0, [20.0, -20.0], [5.0, 0.0])
+    alone = [pictures(["red"], 0, [20.0], [5.0])[0], pictures(["blue"], 1, [-20.0], [0.0])[0]]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    swapped = pictures(["red", "blue"], 0, [-20.0, 20.0], [0.0, 5.0])
+    assert np.abs(together - swapped).max(axis=(1, 2, 3)).min() > 1e-3
+
+    for_prompts = pictures(["red", "blue"], 0, [20.0, -20.0], [5.0, 0.0], num_images_per_prompt=2)
+    for_pictures = pictures(["red", "blue"], 0, [20, 20, -20, -20], [5, 5, 0, 0], num_images_per_prompt=2)
+    assert np.array_equal(for_prompts, for_pictures)
+    np.testing.assert_allclose(for_prompts[3], pictures(["blue"], 3, [-20.0], [0.0])[0], atol=1e-5)
+
+
+def test_default_negatives_are_each_pictures_own(small_pipe: Any, constant_folder: Path) -> None:
+    manifest = 'title = "C"\n[inputs.scale]\ntype = "number"\n[inputs.other]\ntype = "number"\nnegative = 0.0\n'
+    (constant_folder / "template.toml").write_text(manifest)
+    model = (constant_folder / "model.py").read_text()
+    model = model.replace("scale=1.0,", "scale, other,").replace('{"scale": scale}', '{"scale": 20 * (scale + other)}')
+    (constant_folder / "model.py").write_text(model)
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    inputs = [[{"scale": 1.0, "other": 1.0}], [{"scale": -1.0, "other": 1.0}]]
+    negatives = [[{"scale": 1.0, "other": 0.0}], [{"scale": -1.0, "other": 0.0}]]
+    arguments = {"prompt": ["red", "blue"], "seed": 0, "template_inputs": inputs, **CALL}
+    default = templates(small_pipe, negative_template_inputs="default", **arguments).images
+    assert np.array_equal(default, templates(small_pipe, negative_template_inputs=negatives, **arguments).images)
+    assert not np.array_equal(default, templates(small_pipe, **arguments).images)
+
+
+def test_pictures_that_cannot_share_a_batch_are_named(small_pipe: Any, constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    message = r"kv_cache\['single_1'\]: picture 0 has 2 template tokens and picture 2 has 4"
+    with pytest.raises(CacheError, match=message):
+        templates.compose(small_pipe, [[{}], [{}], [{}, {"model_id": 0}]])
+    with pytest.raises(CacheError, match="picture 0 has kv_cache and picture 1 has none"):
+        templates.compose(small_pipe, [[{}], []])
+    model = (constant_folder / "model.py").read_text()
+    changed = model.replace('return {"kv_cache"', 'return {"height": 32 * int(scale), "kv_cache"')
+    (constant_folder / "model.py").write_text(changed)
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    with pytest.raises(CacheError, match="pictures 0 and 1 differ in the pipeline argument 'height'"):
+        templates.compose(small_pipe, [[{"scale": 1}], [{"scale": 2}]])
+    assert templates.compose(small_pipe, [[{"scale": 2}], [{"scale": 2}]]).arguments == {"height": 64}
+
+
+def test_lists_of_inputs_have_to_be_as_many_as_the_pictures(small_pipe: Any, constant_folder: Path) -> None:
+    templates = TemplatePipeline(constant_folder, trust_code=True)
+    arguments = {"prompt": ["red", "blue"], "num_images_per_prompt": 2, **CALL}
+    with pytest.raises(InputError, match="has 3 lists: give 2, one for each prompt, or 4, one for each picture"):
+        templates(small_pipe, template_inputs=[[{}], [{}], [{}]], **arguments)
+    with pytest.raises(InputError, match="mixes inputs with lists of inputs"):
+        templates(small_pipe, template_inputs=[[{}], {}], **arguments)
+    with pytest.raises(UnknownNameError, match=r"template_inputs\[1\]\[0\] for 'constant': unknown input 'scael'"):
+        templates(small_pipe, template_inputs=[[{}], [{"scael": 1}]], **arguments)
+
+
 def test_a_call_leaves_no_trace(small_pipe: Any, constant_folder: Path) -> None:
     templates = TemplatePipeline(constant_folder, trust_code=True)
     processors = dict(small_pipe.transformer.attn_processors)

@@ -17,7 +17,7 @@ ALIASES = {"text_embedding": "extra_text_embedding"}
 
 
 class Carrier(Protocol):
-    """One kind of content of a template cache: how it is checked, merged, saved and injected."""
+    """One kind of content of a template cache: how it is checked, merged, stacked, saved and injected."""
 
     @property
     def name(self) -> str:
@@ -28,6 +28,13 @@ class Carrier(Protocol):
 
     def merge(self, values: Sequence[Any]) -> Any:
         """Return one value that has the effect of all of them together, in their order."""
+
+    def stack(self, values: Sequence[Any]) -> Any:
+        """Return the values of several pictures, one each, as one value of a batch.
+
+        Raises:
+            CacheError: they cannot be one value; which pictures differ is told.
+        """
 
     def flatten(self, value: Any) -> dict[str, torch.Tensor]:
         """Return the value as named tensors, to be saved."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from silkscreen.bases import Base
+from silkscreen.errors import CacheError
 from silkscreen.flux2.sides import Sides
 
 
@@ -31,6 +32,20 @@ class ExtraTextEmbedding:
         """Concatenate along the tokens."""
         batch = max(value.shape[0] for value in values)
         return torch.cat([value.expand(batch, -1, -1) for value in values], dim=1)
+
+    def stack(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Concatenate along the batch; every picture needs as many tokens as the others."""
+        for picture, value in enumerate(values):
+            if value.shape[0] != 1:
+                raise CacheError(
+                    f"extra_text_embedding: picture {picture} has a batch of {value.shape[0]}: it has to be 1"
+                )
+            if value.shape[1] != values[0].shape[1]:
+                raise CacheError(
+                    f"extra_text_embedding: picture 0 has {values[0].shape[1]} tokens and picture {picture} has "
+                    f"{value.shape[1]}: pictures of one call need as many, so draw these in calls of their own"
+                )
+        return torch.cat(list(values))
 
     def flatten(self, value: torch.Tensor) -> dict[str, torch.Tensor]:
         """Name the tensor `embedding`."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from silkscreen.bases import Base
+from silkscreen.errors import CacheError
 from silkscreen.flux2.sides import Sides
 
 KV = tuple[torch.Tensor, torch.Tensor]
@@ -42,6 +43,24 @@ class KVCache:
             )
             merged[block] = (key, value)
         return merged
+
+    def stack(self, values: Sequence[Mapping[str, KV]]) -> dict[str, KV]:
+        """Concatenate along the batch, block by block; every picture needs as many tokens in a block as the others."""
+        blocks = dict.fromkeys(block for value in values for block in value)
+        for block in blocks:
+            shapes = [tuple(value[block][0].shape[:2]) if block in value else (1, 0) for value in values]
+            for picture, (batch, tokens) in enumerate(shapes):
+                if batch != 1:
+                    raise CacheError(f"kv_cache[{block!r}]: picture {picture} has a batch of {batch}: it has to be 1")
+                if tokens != shapes[0][1]:
+                    raise CacheError(
+                        f"kv_cache[{block!r}]: picture 0 has {shapes[0][1]} template tokens and picture {picture} has "
+                        f"{tokens}: pictures of one call need as many, so draw these in calls of their own"
+                    )
+        return {
+            block: (torch.cat([value[block][0] for value in values]), torch.cat([value[block][1] for value in values]))
+            for block in blocks
+        }
 
     def flatten(self, value: Mapping[str, KV]) -> dict[str, torch.Tensor]:
         """Name the tensors `<block>.k` and `<block>.v`."""

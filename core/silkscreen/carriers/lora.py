@@ -60,6 +60,29 @@ class LoRA:
             merged[f"{module}.lora_B.weight"] = _stack(b, dim=-1)
         return merged
 
+    def stack(self, values: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Give each picture its own factors, all of one rank: zeros fill up a lower rank, or none."""
+        updates = [_factors(value) for value in values]
+        for picture, update in enumerate(updates):
+            for module, (a, b) in update.items():
+                batch = max((factor.shape[0] for factor in (a, b) if factor.ndim == 3), default=1)
+                if batch != 1:
+                    raise CacheError(f"lora[{module!r}]: picture {picture} has a batch of {batch}: it has to be 1")
+        stacked = {}
+        for module in dict.fromkeys(module for update in updates for module in update):
+            present = [update[module] for update in updates if module in update]
+            rank = max(a.shape[-2] for a, _ in present)
+            a, b = present[0]
+            nothing = a.new_zeros(rank, a.shape[-1]), b.new_zeros(b.shape[-2], rank)
+            pairs = [update.get(module, nothing) for update in updates]
+            stacked[f"{module}.lora_A.weight"] = torch.cat(
+                [nn.functional.pad(a.view(1, *a.shape[-2:]), (0, 0, 0, rank - a.shape[-2])) for a, _ in pairs]
+            )
+            stacked[f"{module}.lora_B.weight"] = torch.cat(
+                [nn.functional.pad(b.view(1, *b.shape[-2:]), (0, rank - b.shape[-1])) for _, b in pairs]
+            )
+        return stacked
+
     def flatten(self, value: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Name the tensors `<module>.lora_A.weight` and `<module>.lora_B.weight`, with alpha multiplied in."""
         return self.merge([value])

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import click
 
-from silkscreen import registry
-from silkscreen.cli.template_option import TemplateCommand, parse_template, template_names
+from silkscreen.cli.template_option import (
+    TemplateCommand,
+    bare_negative_option,
+    negative_option,
+    parse_template,
+    template_option,
+    trust_code_option,
+)
 
 
 @click.command("generate", cls=TemplateCommand)
-@click.argument("prompt")
-@click.option("--base", default="flux2-tiny", show_default=True, help="Id of a base, or a folder in diffusers' layout.")
-@click.option(
-    "-t",
-    "--template",
-    "templates",
-    multiple=True,
-    metavar="NAME [INPUT=VALUE]...",
-    help="A template and its inputs; may be repeated.",
-)
-@click.option(
-    "--negative",
-    "negatives",
-    multiple=True,
-    metavar="NAME [INPUT=VALUE]...",
-    help="The same for the negative side of guidance.  [default: the templates' own negative values]",
-)
-@click.option("--bare-negative", is_flag=True, help="No templates on the negative side.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.argument("prompt", required=False)
+@click.option("--base", help="Id of a base, or a folder in diffusers' layout.  [default: flux2-tiny]")
+@template_option
+@negative_option
+@bare_negative_option
+@click.option("--seed", type=int, help="Seed of the noise; the n-th picture has this plus n.  [default: 0]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the base's]")
 @click.option("--guidance-scale", type=float, help="Strength of guidance.  [default: the base's]")
 @click.option("--height", type=click.IntRange(16), help="Height in pixels.  [default: the base's]")
 @click.option("--width", type=click.IntRange(16), help="Width in pixels.  [default: the base's]")
 @click.option("-n", "count", type=click.IntRange(1), default=1, show_default=True, help="Number of pictures.")
+@click.option("--like", type=click.Path(path_type=Path), help="A PNG whose recipe is repeated.")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="A TOML file with the recipe.")
+@click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe to this TOML file.")
 @click.option(
     "-o",
     "--output",
@@ -43,25 +40,31 @@ from silkscreen.cli.template_option import TemplateCommand, parse_template, temp
     required=True,
     help="Where the picture goes; with -n 3, out.png becomes out-0.png, out-1.png, out-2.png.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace pictures that exist.")
-@click.option("--trust-code", is_flag=True, help="Let the code of templates named by a folder run.")
+@click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@trust_code_option
 def command(
-    prompt: str,
-    base: str,
+    prompt: str | None,
+    base: str | None,
     templates: tuple[str, ...],
     negatives: tuple[str, ...],
     bare_negative: bool,
-    seed: int,
+    seed: int | None,
     steps: int | None,
     guidance_scale: float | None,
     height: int | None,
     width: int | None,
     count: int,
+    like: Path | None,
+    recipe_file: Path | None,
+    save_recipe: Path | None,
     output: Path,
     overwrite: bool,
     trust_code: bool,
 ) -> None:
     """Draw PROMPT, under the control of templates.
+
+    Every PNG carries its recipe, which `silkscreen show` prints and --like repeats. What is said beside --like or
+    --recipe takes the place of what the recipe says; -t that of all its templates.
 
     \b
     Examples:
@@ -70,59 +73,58 @@ def command(
           -t brightness scale=0.8 -t structure image=edges.png -o circle.png
       silkscreen generate "a large red circle on a blue background" \\
           -t brightness scale=0.8 --negative brightness scale=0.3 -n 4 -o circle.png
+      silkscreen generate --like circle.png --seed 7 -o other.png
 
     What a template takes: silkscreen info NAME.
     """
+    from silkscreen.recipe import Recipe, save_picture
+
     paths = [output] if count == 1 else [output.with_stem(f"{output.stem}-{index}") for index in range(count)]
+    check_output([*paths, *([save_recipe] if save_recipe else [])], overwrite)
+    given: dict[str, Any] = {
+        "prompt": prompt,
+        "base": base,
+        "seed": seed,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "height": height,
+        "width": width,
+        "template_inputs": [parse_template(option) for option in templates] or None,
+        "negative_template_inputs": [parse_template(option) for option in negatives] or ([] if bare_negative else None),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if like and recipe_file:
+        raise click.UsageError("--like and --recipe were both given: leave one out")
+    source = like or recipe_file
+    if source is None and prompt is None:
+        raise click.UsageError("say a PROMPT, or give --like or --recipe")
+    recipe = Recipe.load(source, **given) if source else Recipe.from_dict(given)
+
+    from silkscreen import TemplatePipeline, load_base
+
+    loaded = TemplatePipeline(recipe.template_names, trust_code=trust_code)
+    loaded.check_inputs(recipe.template_inputs)
+    click.echo(f"loading {recipe.base}", err=True)
+    pipe = load_base(recipe.base)
+    recipe = recipe.completed(pipe, loaded)
+    for index, path in enumerate(paths):
+        one = dataclasses.replace(recipe, seed=recipe.seed + index)
+        save_picture(one.run(pipe, loaded), path, one)
+        click.echo(path)
+    if save_recipe:
+        recipe.save_toml(save_recipe)
+        click.echo(save_recipe)
+
+
+def check_output(paths: list[Path], overwrite: bool) -> None:
+    """Refuse to write where something is, or where no folder is.
+
+    Raises:
+        FileExistsError: a file exists, and `overwrite` is not given.
+        click.ClickException: a folder does not exist.
+    """
     for path in paths:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists: choose another name, or pass --overwrite")
         if not path.parent.is_dir():
             raise click.ClickException(f"there is no folder {path.parent}: make it, or choose another")
-    names = template_names([*templates, *negatives])
-    early = {name: inputs for name in names if (inputs := _manifest_inputs(name)) is not None}
-    for option in (*templates, *negatives):
-        if template_names([option])[0] in early:
-            parse_template(option, early)  # before anything heavy is imported or loaded
-
-    from silkscreen import TemplatePipeline, load_base
-
-    loaded = TemplatePipeline(names, trust_code=trust_code)
-    inputs_of = {name: template.inputs for name, template in zip(names, loaded.templates, strict=True)}
-    ids = {name: index for index, name in enumerate(names)}
-
-    def requests(options: tuple[str, ...]) -> list[dict[str, Any]]:
-        parsed = [parse_template(option, inputs_of) for option in options]
-        return [{**values, "model_id": ids[values["model_id"]]} for values in parsed]
-
-    click.echo(f"loading {base}", err=True)
-    pipe = load_base(base)
-    given: dict[str, Any] = {
-        "num_inference_steps": steps,
-        "guidance_scale": guidance_scale,
-        "height": height,
-        "width": width,
-    }
-    negative: Any = requests(negatives) if negatives else None if bare_negative else "default"
-    result = loaded(
-        pipe,
-        prompt=prompt,
-        template_inputs=requests(templates),
-        negative_template_inputs=negative,
-        seed=seed,
-        num_images_per_prompt=count,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    for path, picture in zip(paths, result.images, strict=True):
-        partial = path.with_name(f".{path.name}.partial{path.suffix}")
-        picture.save(partial)
-        partial.replace(path)
-        click.echo(path)
-
-
-def _manifest_inputs(name: str) -> Any:
-    """Return the inputs a name's manifest lists; None when only its code can tell."""
-    if "/" in name or (Path(name) / "model.py").is_file():
-        return None
-    manifest = registry.find(registry.TEMPLATES, name).manifest
-    return manifest.inputs if manifest else None

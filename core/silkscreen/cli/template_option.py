@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
+from silkscreen import registry
 from silkscreen.errors import InputError, SilkscreenError, UnknownNameError
 from silkscreen.manifest import Input, unknown_name
 
 _OPTIONS = ("-t", "--template", "--negative")
 _VALUE = re.compile(r"[^\W\d]\w*=", re.UNICODE)
 _JOIN = "\x1f"
+
+template_option = click.option(
+    "-t",
+    "--template",
+    "templates",
+    multiple=True,
+    metavar="NAME [INPUT=VALUE]...",
+    help="A template and its inputs; may be repeated.",
+)
+negative_option = click.option(
+    "--negative",
+    "negatives",
+    multiple=True,
+    metavar="NAME [INPUT=VALUE]...",
+    help="The same for the negative side of guidance.  [default: the templates' own negative values]",
+)
+bare_negative_option = click.option("--bare-negative", is_flag=True, help="No templates on the negative side.")
+trust_code_option = click.option("--trust-code", is_flag=True, help="Let the code of templates named by a folder run.")
 
 
 class TemplateCommand(click.Command):
@@ -34,32 +52,46 @@ class TemplateCommand(click.Command):
         return super().parse_args(ctx, folded)
 
 
-def parse_template(option: str, inputs_of: Mapping[str, Mapping[str, Input]]) -> dict[str, Any]:
-    """Turn a folded template option into a template input.
+def split_template(option: str) -> tuple[str, dict[str, tuple[Input, str]]]:
+    """Take a folded template option apart, and tell which inputs its words are for.
+
+    Nothing is imported for that: an input of a template that only its code can tell of is of type `any`.
 
     Args:
         option: what `TemplateCommand` made of `NAME input=value ...`.
-        inputs_of: the inputs of each template, by its name.
+
+    Returns:
+        The template's name, and each input with the text of its value, by the input's name.
 
     Raises:
-        UnknownNameError, InputError: a name is unknown, or a value is none of its type.
+        UnknownNameError, UnavailableError, InputError: a name is unknown, or an input is given twice.
     """
     name, *words = option.split(_JOIN)
-    inputs = inputs_of[name]
-    values: dict[str, Any] = {"model_id": name}
+    manifest = registry.manifest(name)
+    inputs = manifest.inputs if manifest else None
+    values: dict[str, tuple[Input, str]] = {}
     for word in words:
         key, _, text = word.partition("=")
-        if key not in inputs:
+        if inputs is not None and key not in inputs:
             raise UnknownNameError(f"-t {name}: {unknown_name('input', key, inputs)}")
         if key in values:
             raise InputError(f"-t {name}: {key} is given twice")
+        values[key] = (inputs[key] if inputs is not None else Input(key, "any"), text)
+    return name, values
+
+
+def parse_template(option: str) -> dict[str, Any]:
+    """Turn a folded template option into a template input.
+
+    Raises:
+        UnknownNameError, UnavailableError, InputError: a name is unknown, or a value is none of its type.
+    """
+    name, words = split_template(option)
+    values: dict[str, Any] = {"model_id": name}
+    for key, (spec, text) in words.items():
         try:
-            values[key] = inputs[key].check(inputs[key].parse(text))
+            values[key] = spec.parse(text)
+            spec.check(values[key])
         except SilkscreenError as error:
             raise type(error)(f"-t {name}: {error}") from None
     return values
-
-
-def template_names(options: Sequence[str]) -> list[str]:
-    """Return the names in folded template options, each once, in their order."""
-    return list(dict.fromkeys(option.split(_JOIN)[0] for option in options))

@@ -1,0 +1,26 @@
+"""`silkscreen show FILE`: the recipe in a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("show")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def command(file: Path) -> None:
+    """Print the recipe that a picture carries, as TOML.
+
+    FILE is a PNG that Silkscreen has drawn. Paths in its recipe are relative to its folder.
+
+    \b
+    Example:
+      silkscreen show circle.png > circle.toml
+      silkscreen generate --recipe circle.toml -o again.png
+    """
+    import tomli_w
+
+    from silkscreen.recipe import read
+
+    click.echo(tomli_w.dumps(read(file)), nl=False)
