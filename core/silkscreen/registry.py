@@ -99,8 +99,10 @@ def manifest(template: str) -> Manifest | None:
 
 
 def is_folder(template: str) -> bool:
-    """Whether a template is named by a folder rather than as installed."""
-    return "/" in template or (Path(template) / "model.py").is_file()
+    """Whether a template is named by a folder rather than as installed; an installed one wins over a folder beside."""
+    if "/" in template:
+        return True
+    return (Path(template) / "model.py").is_file() and all(entry.name != template for entry in entries(TEMPLATES))
 
 
 @cache
