@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from silkscreen.batch import draw_batch
