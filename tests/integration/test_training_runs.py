@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from training_template import write_dataset, write_template
 
 TRAIN = [sys.executable, "-m", "silkscreen.train"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def flags(**settings: Any) -> list[str]:
@@ -115,3 +116,31 @@ def _wait_for_write(process: subprocess.Popen[bytes], output: Path, *, in_the_mi
             return True
         time.sleep(0.001)
     return False
+
+
+def test_two_processes_are_one_with_a_batch_of_two(settings: dict[str, Any], tmp_path: Path) -> None:
+    one, two, mixed = (tmp_path / name for name in ("one", "two", "mixed"))
+    succeed([*TRAIN, *flags(**settings, output_path=one, batch_size=2)])
+    launch = [*TORCHRUN, "-m", "silkscreen.train"]
+    succeed([*launch, *flags(**settings, output_path=two, batch_size=1)])
+    expected = load_file(one / "epoch-2.safetensors")
+    for name, value in load_file(two / "epoch-2.safetensors").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
+
+    succeed([*launch, *flags(**{**settings, "num_epochs": 1}, output_path=mixed, batch_size=1)])
+    succeed([*TRAIN, *flags(**settings, output_path=mixed, resume="latest")])
+    for name, value in load_file(mixed / "epoch-2.safetensors").items():
+        torch.testing.assert_close(value, expected[name], atol=1e-5, rtol=0)
+
+
+def test_two_processes_encode_what_one_does(settings: dict[str, Any], tmp_path: Path) -> None:
+    launch = [*TORCHRUN, "-m", "silkscreen.train"]
+    rows = tmp_path / "rows"
+    split = {**settings, "task": "sft:data_process", "output_path": rows}
+    succeed([*launch, *flags(**split)])
+    assert len(list(rows.glob("*.safetensors"))) == 2
+    template = settings["template_model_id_or_path"]
+    stage = {"task": "sft:train", "dataset_base_path": rows, "template_model_id_or_path": template, "num_epochs": 3}
+    succeed([*TRAIN, *flags(**stage, output_path=tmp_path / "split", learning_rate=1e-3)])
+    succeed([*TRAIN, *flags(**settings, output_path=tmp_path / "whole")])
+    assert same(tmp_path / "split" / "epoch-2.safetensors", tmp_path / "whole" / "epoch-2.safetensors")
