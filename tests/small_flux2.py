@@ -29,7 +29,7 @@ CALL: dict[str, Any] = {
 """Arguments of the pipeline's call that suit it."""
 
 
-def build_pipeline(pipeline: type = Flux2KleinPipeline, **config: Any) -> Any:
+def build_pipeline(pipeline: type = Flux2KleinPipeline, single_blocks: int = 2, **config: Any) -> Any:
     """Return a klein pipeline of random weights, the same at every call."""
     torch.manual_seed(0)
     words = Tokenizer(WordLevel({"[pad]": 0, "[unk]": 1, "red": 2, "blue": 3}, unk_token="[unk]"))
@@ -63,7 +63,7 @@ def build_pipeline(pipeline: type = Flux2KleinPipeline, **config: Any) -> Any:
         transformer=Flux2Transformer2DModel(
             in_channels=16,
             num_layers=2,
-            num_single_layers=2,
+            num_single_layers=single_blocks,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=32,

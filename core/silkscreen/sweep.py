@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from silkscreen.errors import InputError, SilkscreenError
 from silkscreen.manifest import Input, PictureFile
 from silkscreen.recipe import Recipe, run_together
+from silkscreen.sheet import contact_sheet
 
 if TYPE_CHECKING:
     from silkscreen.pipeline import TemplatePipeline
@@ -144,35 +144,8 @@ def grids(pictures: Sequence[Image.Image], axes: Sequence[Axis]) -> list[Image.I
     labels = [[axis.label(value) for value in axis.values] for axis in axes] + [[""]] * (MOST_AXES - len(axes))
     columns, rows, pages = labels
     size = len(columns) * len(rows)
-    return [_grid(pictures[n * size : (n + 1) * size], columns, rows, title) for n, title in enumerate(pages)]
-
-
-def _grid(pictures: Sequence[Image.Image], columns: Sequence[str], rows: Sequence[str], title: str) -> Image.Image:
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    letter = max(12, height // 24)
-    font, gap = ImageFont.load_default(letter), letter // 2
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-
-    def wrap(text: str, room: int) -> str:
-        return "\n".join(textwrap.wrap(text, max(1, int(room / font.getlength("n")))))
-
-    def box(text: str) -> tuple[int, int]:
-        _, _, right, bottom = measure.multiline_textbbox((0, 0), text, font)
-        return int(right) + 2 * gap, int(bottom) + 2 * gap
-
-    columns, rows = [wrap(text, width - 2 * gap) for text in columns], [wrap(text, width) for text in rows]
-    title = wrap(title, width * len(columns))
-    left = max(box(text)[0] if text else gap for text in rows)
-    title_height = box(title)[1] if title else 0
-    top = title_height + max(box(text)[1] for text in columns)
-    grid = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
-    draw = ImageDraw.Draw(grid)
-    draw.multiline_text((left, gap), title, "black", font)
-    for x, text in enumerate(columns):
-        draw.multiline_text((left + x * (width + gap), title_height + gap), text, "black", font)
-    for y, text in enumerate(rows):
-        draw.multiline_text((gap, top + y * (height + gap)), text, "black", font)
-    for index, picture in enumerate(pictures):
-        y, x = divmod(index, len(columns))
-        grid.paste(picture, (left + x * (width + gap), top + y * (height + gap)))
-    return grid
+    above = [*columns, *[""] * (size - len(columns))]
+    return [
+        contact_sheet(pictures[n * size : (n + 1) * size], above, len(columns), rows, title)
+        for n, title in enumerate(pages)
+    ]

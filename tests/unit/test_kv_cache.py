@@ -4,11 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from silkscreen.bases import Base, Geometry
-from silkscreen.cache import TemplateCache, merge, stack
+from silkscreen.cache import TemplateCache, inject, merge, stack
 from silkscreen.errors import CacheError
+from small_flux2 import build_pipeline, draw
 
 MakeKV = Callable[..., dict[str, Any]]
 
@@ -110,3 +112,33 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "c.safetensors").write_text("no")
     with pytest.raises(CacheError, match=r"c\.safetensors is no saved template cache"):
         TemplateCache.load(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("single_blocks", [2, 6])
+def test_compiled_blocks_of_one_kind_share_their_graphs(single_blocks: int, small_kv: MakeKV) -> None:
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    pipe = build_pipeline(single_blocks=single_blocks)
+    blocks = ["double_0", "double_1", *(f"single_{i}" for i in range(single_blocks))]
+    one, two = (
+        (cache(small_kv(*blocks, seed=seed)), cache(small_kv(*blocks, tokens=2, seed=seed + 1))) for seed in (1, 3)
+    )
+
+    def drawn(sides: tuple[TemplateCache, TemplateCache], steps: int) -> np.ndarray:
+        with inject(pipe, *sides):
+            return draw(pipe, num_inference_steps=steps)
+
+    calls = [(one, 2), (two, 2), (one, 4)]
+    expected = [drawn(*call) for call in calls]
+    bare = draw(pipe)
+    pipe.transformer.compile_repeated_blocks(backend=backend)
+    for call, picture in zip(calls, expected, strict=True):
+        assert np.array_equal(drawn(*call), picture)
+        assert len(graphs) == 4  # a double and a single block on each side
+    assert np.array_equal(draw(pipe), bare)
+    assert len(graphs) == 6  # and without a template

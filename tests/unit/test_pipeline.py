@@ -140,6 +140,34 @@ def test_each_picture_of_a_batch_may_have_its_own_inputs(small_pipe: Any, consta
     np.testing.assert_allclose(for_prompts[3], pictures(["blue"], 3, [-20.0], [0.0])[0], atol=1e-5)
 
 
+def test_each_picture_of_a_batch_may_have_its_own_content_of_every_carrier(
+    small_pipe: Any, fixed_folder: Callable[..., Path]
+) -> None:
+    folder = fixed_folder(
+        "style",
+        """{
+            "lora": random_lora(seed, *list(SHAPES)[seed:], rank=seed),
+            "extra_text_embedding": random_tensor(seed, 1, 3, 32),
+            "kv_cache": {"double_0": (random_tensor(seed, 1, 2, 2, 16), random_tensor(seed + 1, 1, 2, 2, 16))},
+        }""",
+    )
+    templates = TemplatePipeline(folder, trust_code=True)
+
+    def pictures(*seeds: int) -> np.ndarray:
+        return templates(
+            small_pipe,
+            prompt=["red"] * len(seeds),
+            generator=[torch.Generator().manual_seed(0) for _ in seeds],
+            template_inputs=[[{"seed": seed}] for seed in seeds],
+            negative_template_inputs=[[{"seed": seed + 1}] for seed in seeds],
+            **CALL,
+        ).images
+
+    together = pictures(1, 2)
+    np.testing.assert_allclose(together, [pictures(1)[0], pictures(2)[0]], atol=1e-5)
+    assert np.abs(together[0] - together[1]).max() > 1e-3
+
+
 def test_default_negatives_are_each_pictures_own(small_pipe: Any, constant_folder: Path) -> None:
     manifest = 'title = "C"\n[inputs.scale]\ntype = "number"\n[inputs.other]\ntype = "number"\nnegative = 0.0\n'
     (constant_folder / "template.toml").write_text(manifest)

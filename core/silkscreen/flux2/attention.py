@@ -6,7 +6,7 @@ come last, after the query-key norm and RoPE, and only keys and values grow: no 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,28 +19,32 @@ from diffusers.models.transformers.transformer_flux2 import (
     _get_qkv_projections,
 )
 
+from silkscreen.carriers.kv_cache import KV
 from silkscreen.errors import PipelineError
 from silkscreen.flux2.sides import Sides
 
 
 class _TemplateProcessor:
-    """Runs the block's own processor, or, where the running side has keys and values for the block, adds them."""
+    """Runs the block's own processor, or, where the running side has keys and values for the block, adds them.
 
-    def __init__(self, original: Any, block: str, sides: Sides) -> None:
+    It holds its own block's alone, by side, and not the block's name: compiled code would be made anew for each name.
+    """
+
+    def __init__(self, original: Any, kv: Mapping[str, KV], sides: Sides) -> None:
         self.original = original
-        self.block = block
+        self.kv = kv
         self.sides = sides
 
-    def template_kv(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def template_kv(self) -> KV | None:
         """The running side's keys and values for this block."""
-        return (self.sides.current("kv_cache") or {}).get(self.block)
+        return self.kv.get(self.sides.running)
 
     def attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv: tuple[torch.Tensor, torch.Tensor],
+        kv: KV,
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of (B, N, H, D) over the block's own tokens and the template's, flattened to (B, N, H*D)."""
@@ -150,9 +154,13 @@ def inject_kv(transformer: Any, sides: Sides) -> Iterator[None]:
     """Put template processors into a transformer, and the very ones that were there back in the end."""
     modules = attention_modules(transformer)
     originals = {block: attention.processor for block, attention in modules.items()}
+    caches = {side: fields["kv_cache"] for side, fields in sides.fields.items() if "kv_cache" in fields}
     try:
         for block, attention in modules.items():
-            attention.set_processor(_PROCESSORS[type(originals[block])](originals[block], block, sides))
+            kv = {side: cache[block] for side, cache in caches.items() if block in cache}
+            if kv:
+                original = originals[block]
+                attention.set_processor(_PROCESSORS[type(original)](original, kv, sides))
         yield
     finally:
         for block, attention in modules.items():

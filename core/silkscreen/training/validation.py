@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import nn
 
 from silkscreen.errors import TrainingError
 from silkscreen.pipeline import TemplatePipeline
+from silkscreen.sheet import contact_sheet
 from silkscreen.template import Template
 from silkscreen.training import objective
 from silkscreen.training.data import draw_seed
@@ -99,21 +99,4 @@ def draw_sheet(pipe: Any, template: Template, model: nn.Module, prompts: Sequenc
         )
         pictures.append(result.images[0])
         labels.append(f"{row['prompt']} | {json.dumps(inputs)}")
-    return contact_sheet(pictures, labels)
-
-
-def contact_sheet(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int = 6) -> Image.Image:
-    """Return pictures of one size on a sheet, each with its label below."""
-    font = ImageFont.load_default(11)
-    width, height = pictures[0].size
-    wrapped = [textwrap.wrap(label, max(8, width // 6)) for label in labels]
-    caption = 13 * max(map(len, wrapped)) + 6
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + 4) + 4, rows * (height + caption + 4) + 4), "white")
-    pen = ImageDraw.Draw(sheet)
-    for number, (picture, lines) in enumerate(zip(pictures, wrapped, strict=True)):
-        left, top = 4 + number % columns * (width + 4), 4 + number // columns * (height + caption + 4)
-        sheet.paste(picture, (left, top))
-        pen.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", font=font, spacing=2)
-    return sheet
+    return contact_sheet(pictures, labels, columns=min(6, len(pictures)))
