@@ -25,9 +25,11 @@ def main() -> None:
     if not checkpoint.load(path, model, average):
         raise SystemExit(f"there is no {path}: run train_transformer.py first")
     average.copy_to(model)
+    vae = AutoencoderKLFlux2.from_pretrained(args.run_dir / "vae")
+    vae.register_to_config(_name_or_path="flux2-tiny")  # in place of the run's folder
     pipe = Flux2KleinPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, shift=3.0),
-        vae=AutoencoderKLFlux2.from_pretrained(args.run_dir / "vae"),
+        vae=vae,
         text_encoder=model.text_encoder,
         tokenizer=build_tokenizer(),
         transformer=model.transformer,
