@@ -6,27 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from silkscreen import TemplatePipeline, load_base
+from silkscreen.sheet import contact_sheet
 from silkscreen_tiny.scenes import Scene
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "a large yellow star on a blue background"
 SEED = 3
-GAP = 6
-LABEL = 16
 
 OUTLINE = Scene("large", "yellow", "star", "blue", 70, 62, 44, exposure=0, tint=(1, 1, 1), blur=0).outline()
 
 
 def strip(pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Put pictures side by side, each under its label."""
-    width, height = pictures[0][1].size
-    sheet = Image.new("RGB", (len(pictures) * (width + GAP) - GAP, height + LABEL), "white")
-    for n, (label, picture) in enumerate(pictures):
-        sheet.paste(picture, (n * (width + GAP), LABEL))
-        ImageDraw.Draw(sheet).text((n * (width + GAP), 2), label, fill="black")
-    return sheet
+    labels, drawn = zip(*pictures, strict=True)
+    return contact_sheet(drawn, labels, columns=len(drawn))
 
 
 def main() -> None:
