@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 
 from silkscreen.errors import RecipeError, SilkscreenError
+from silkscreen.files import replacing
 from silkscreen.flux2.loading import load_base
 from silkscreen.pipeline import TemplatePipeline
 from silkscreen.recipe import Recipe, read, save_picture
@@ -129,9 +130,8 @@ def _report(failures: list[dict[str, Any]], output: Path, state: PartialState) -
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from silkscreen.bases import Base
 from silkscreen.carriers import ALIASES, carriers
 from silkscreen.errors import CacheError
+from silkscreen.files import replacing
 from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Sides
 
 ConflictPolicy = Literal["error", "first", "last"]
@@ -93,9 +94,8 @@ class TemplateCache:
             for carrier, value in self.fields.items()
             for name, tensor in known[carrier].flatten(value).items()
         }
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, {"source": self.source, "carriers": json.dumps(list(self.fields))})
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file(tensors, partial, {"source": self.source, "carriers": json.dumps(list(self.fields))})
 
     @classmethod
     def load(cls, path: Path | str) -> TemplateCache:

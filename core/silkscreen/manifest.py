@@ -11,8 +11,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from silkscreen.digest import sha256
 from silkscreen.errors import InputError, ManifestError, UnknownNameError
+from silkscreen.files import sha256
 
 INPUT_TYPES = ("number", "integer", "boolean", "text", "choice", "image", "mask", "any")
 """Types of template inputs. `any` is for inputs read from a signature, which does not tell; no manifest may use it."""

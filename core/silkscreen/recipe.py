@@ -17,8 +17,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from silkscreen import __version__, registry
-from silkscreen.digest import sha256
 from silkscreen.errors import InputError, RecipeError, SilkscreenError
+from silkscreen.files import replacing, sha256
 from silkscreen.manifest import Input, PictureFile, check_values
 
 if TYPE_CHECKING:
@@ -149,9 +149,8 @@ class Recipe:
 
     def save_toml(self, path: Path) -> None:
         """Write the recipe to a TOML file, whole or not at all."""
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(tomli_w.dumps(self.to_dict(path.parent)), encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as partial:
+            partial.write_text(tomli_w.dumps(self.to_dict(path.parent)), encoding="utf-8")
 
     @property
     def template_names(self) -> list[str]:
@@ -252,9 +251,8 @@ def save_picture(picture: Image.Image, path: Path, recipes: Recipe | Sequence[Re
         data = {"pictures": [recipe.to_dict(path.parent) for recipe in recipes]}
     chunks = PngInfo()
     chunks.add_itxt(KEY, json.dumps(data, ensure_ascii=False))
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    picture.save(partial, pnginfo=chunks)
-    partial.replace(path)
+    with replacing(path) as partial:
+        picture.save(partial, pnginfo=chunks)
 
 
 def read(path: Path) -> dict[str, Any]:

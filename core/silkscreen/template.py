@@ -23,6 +23,7 @@ from torch import nn
 from silkscreen import registry, weights
 from silkscreen.bases import known_bases
 from silkscreen.errors import ContractError, SilkscreenError, UntrustedCodeError, WeightsError
+from silkscreen.files import sha256
 from silkscreen.manifest import Input, Manifest, read_manifest
 from silkscreen.weights import TensorFile
 
@@ -182,7 +183,7 @@ def require_trust(folder: Path, module: Path, trust_code: bool) -> None:
         UntrustedCodeError: `trust_code` is not given; the message has the file's sha256.
     """
     if not trust_code:
-        digest = hashlib.sha256(module.read_bytes()).hexdigest()
+        digest = sha256(module)
         raise UntrustedCodeError(
             f"using {folder} as a template executes the code in {module} (sha256 {digest}). "
             "If you have read it and trust it, pass trust_code=True, or --trust-code on the command line"
@@ -279,7 +280,7 @@ def _from_folder(folder: Path, trust_code: bool) -> Template:
             str(folder), [f"there is no {path}: name an installed template, or a folder with a model.py"]
         )
     require_trust(folder, path, trust_code)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256(path)
     name = f"silkscreen_folder_{digest[:16]}_{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
     module = sys.modules.get(name)
     if module is None:

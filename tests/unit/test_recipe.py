@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from PIL import Image
 from silkscreen import TemplatePipeline, load_base, registry
 from silkscreen.cli import command_line
-from silkscreen.digest import sha256
 from silkscreen.errors import InputError, RecipeError, UnknownNameError
+from silkscreen.files import sha256
 from silkscreen.recipe import Recipe, read, run_together
 
 PROMPT = "a large red circle on a blue background"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import TrainingError
 from silkscreen.training import objective
 from silkscreen.training.config import TrainingConfig
 from silkscreen.training.data import draw_seed
+from silkscreen.training.store import Example, ExampleStore, StoreError
 from silkscreen.training.trainer import _Run, train
 from silkscreen.training.validation import probes
-from training_template import MODEL, write_dataset, write_template
+from training_template import MODEL, same, write_dataset, write_template
 
 
 @pytest.fixture
@@ -37,11 +40,6 @@ def run(settings: dict[str, Any], **more: Any) -> Path:
 def losses(folder: Path) -> list[str]:
     with (folder / "log.csv").open() as file:
         return [row["loss"] for row in csv.DictReader(file)]
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = load_file(one), load_file(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_only_what_is_named_is_trained_and_all_else_is_as_it_was(settings: dict[str, Any]) -> None:
@@ -79,8 +77,6 @@ def test_a_step_is_the_naive_objective(settings: dict[str, Any]) -> None:
     noisy = (1 - sigma) * example.latents + sigma * noise
     pack = trainer.pipe._pack_latents
     cache = trainer.model(**example.processed)["kv_cache"]
-    from silkscreen.cache import TemplateCache, inject
-
     with inject(trainer.pipe, TemplateCache({"kv_cache": cache}, {}, ""), TemplateCache({}, {}, "")):
         velocity = trainer.pipe.transformer(
             hidden_states=pack(noisy),
@@ -163,6 +159,18 @@ def test_rows_encoded_for_something_else_are_refused(settings: dict[str, Any], t
             dataset_base_path=rows,
             output_path=tmp_path / "o",
         )
+
+
+def test_encoded_rows_that_cannot_be_written_are_kept_in_memory(tmp_path: Path) -> None:
+    store = ExampleStore(tmp_path / "rows", {})
+    store.add(3, Example(torch.ones(1), torch.ones(2), torch.ones(3), {"scale": [torch.zeros(1), "x"]}))
+    shutil.rmtree(tmp_path / "rows")
+    with pytest.raises(StoreError, match="rows cannot be written"):
+        store.flush()
+    assert store[3].processed["scale"][1] == "x"
+    (tmp_path / "rows").mkdir()
+    store.flush()
+    assert torch.equal(ExampleStore(tmp_path / "rows", {})[3].prompt_embeds, torch.ones(2))
 
 
 def test_a_template_that_draws_at_random_is_encoded_anew(

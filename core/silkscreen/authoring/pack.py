@@ -30,12 +30,10 @@ from silkscreen.authoring.project import (
 )
 from silkscreen.bases import find_base
 from silkscreen.errors import PackError, WeightsError
+from silkscreen.files import sha256
 from silkscreen.manifest import unknown_name
 from silkscreen.template import Template, find_template, import_template, require_trust
 from silkscreen.training import checkpoints
-
-FIELD_PREFIX = "pipe.template_model."
-"""What the field's training script puts before a tensor's name, unless it is told to remove it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +163,7 @@ def merge(template: Template, base_id: str, checkpoint: Path, *, dtype: torch.dt
     Args:
         template: the template.
         base_id: the base the model is for.
-        checkpoint: a safetensors file of trained tensors, with or without `FIELD_PREFIX`.
+        checkpoint: a safetensors file of trained tensors, with or without `checkpoints.PREFIX`.
         dtype: of floating-point tensors in the result; others keep theirs.
 
     Raises:
@@ -175,7 +173,7 @@ def merge(template: Template, base_id: str, checkpoint: Path, *, dtype: torch.dt
     """
     model = template.construct(base_id)
     state = model.state_dict()
-    names = {name.removeprefix(FIELD_PREFIX): name for name in weights.inspect(checkpoint).shapes}
+    names = {name.removeprefix(checkpoints.PREFIX): name for name in weights.inspect(checkpoint).shapes}
     if not names:
         raise PackError(f"{checkpoint} holds no tensors: name a checkpoint that `silkscreen train` wrote")
     trained = _tensors(checkpoint, names, state)
@@ -317,8 +315,7 @@ def _build(project: Project, out: Path, isolation: bool) -> Path:
 
 def _check_wheel(wheel: Path, inner: str, target: Path) -> str:
     """Check that a wheel holds the weights, and return their sha256."""
-    with target.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = sha256(target)
     package = inner.partition("/")[0]
     with zipfile.ZipFile(wheel) as archive:
         if inner not in archive.namelist():

@@ -6,7 +6,6 @@ a file that the wheel lacks is missed. A dependency that is here and that the wh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from silkscreen.authoring.process import run
 from silkscreen.authoring.project import Project
 from silkscreen.bases import known_bases
 from silkscreen.errors import InputError, PackError, UnknownNameError
+from silkscreen.files import sha256
 from silkscreen.manifest import Input, unknown_name
 from silkscreen.template import Template
 
@@ -189,9 +189,8 @@ def _check_origin(fresh: Environment, name: str, inner: str, digest: str) -> Non
     module = Path(json.loads(fresh.run("-c", _LOCATE, name, problem="the wheel's module is not found")))
     if not module.resolve().is_relative_to(fresh.site_packages):
         raise PackError(f"the wheel is installed, but {name} is imported from {module}: it lacks the module")
-    with (fresh.site_packages / inner).open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            raise PackError(f"{inner} is installed with other weights than those packed")
+    if sha256(fresh.site_packages / inner) != digest:
+        raise PackError(f"{inner} is installed with other weights than those packed")
 
 
 def _obstacle(base_id: str) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from silkscreen.errors import TrainingError
+from silkscreen.files import replacing
 from silkscreen.manifest import unknown_name
 
 PREFIX = "pipe.template_model."
@@ -33,13 +34,11 @@ def save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         TrainingError: it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
-        partial.replace(path)
+        with replacing(path) as partial:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise TrainingError(f"{path} cannot be written ({error}): what was written before it is kept") from error
 
 

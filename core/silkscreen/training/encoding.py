@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from silkscreen.errors import TrainingError
+from silkscreen.files import sha256
 from silkscreen.flux2.context import TemplateContext
 from silkscreen.template import Template
 from silkscreen.training.config import TrainingConfig, digest
@@ -76,7 +76,7 @@ def about(
 ) -> dict[str, Any]:
     """Return what encoded rows depend on, as plain data."""
     assert config.dataset_metadata_path is not None
-    contents = hashlib.sha256(config.dataset_metadata_path.read_bytes()).hexdigest()
+    contents = sha256(config.dataset_metadata_path)
     pictures = [(row.line, row.image.stat().st_size) for row in rows]
     return {
         **about_models(base_id, template),
@@ -87,5 +87,5 @@ def about(
 
 def about_models(base_id: str, template: Template) -> dict[str, Any]:
     """Return the part of it that does not depend on the data set."""
-    source = Path(template.module.__file__ or "").read_bytes()
-    return {"base": base_id, "template": template.name, "code": hashlib.sha256(source).hexdigest()[:16]}
+    code = sha256(Path(template.module.__file__ or ""))[:16]
+    return {"base": base_id, "template": template.name, "code": code}

@@ -13,10 +13,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from silkscreen.errors import TrainingError
+from silkscreen.files import replacing
 
 INDEX = "index.json"
 SHARD_BYTES = 64 * 2**20
 """A shard is written as soon as it is so large."""
+
+
+class StoreError(TrainingError):
+    """Encoded rows cannot be written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +68,10 @@ class ExampleStore:
         self._shards: set[str] = set()
         found = read_index(folder)
         if found is None:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{INDEX}.{process}.partial"
-            partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            partial.replace(folder / INDEX)
+            if process == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(folder / INDEX) as partial:
+                    partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         else:
             different = [
                 f"{name} {found.get(name)!r}, this run {value!r}"
@@ -93,7 +98,7 @@ class ExampleStore:
 
     def refresh(self) -> None:
         """See the shards that other processes have written."""
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("rows-*.safetensors")):
             if path.name in self._shards:
                 continue
             try:
@@ -109,6 +114,7 @@ class ExampleStore:
 
         Raises:
             TrainingError: `process_inputs` returned something that is neither a tensor nor plain data.
+            StoreError: a full shard cannot be written; its rows still wait.
         """
         if row in self:
             return
@@ -117,19 +123,22 @@ class ExampleStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits as a shard."""
+        """Write what waits as a shard.
+
+        Raises:
+            StoreError: it cannot be written; it still waits.
+        """
         if not self._waiting:
             return
         first = min(self._waiting)
         path = self.folder / f"rows-{first:06d}-{len(self._waiting)}-{self.process}.safetensors"
-        partial = path.with_suffix(".partial")
         tensors = {name: tensor for _, kept in self._waiting.values() for name, tensor in kept.items()}
         forms = {row: form for row, (form, _) in self._waiting.items()}
         try:
-            save_file(tensors, partial, {"rows": json.dumps(forms)})
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+            with replacing(path) as partial:
+                save_file(tensors, partial, {"rows": json.dumps(forms)})
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{self.folder} cannot be written ({error}): make room, and start again") from error
         self._shards.add(path.name)
         self._places |= {row: (path, form) for row, form in forms.items()}
         self._waiting.clear()

@@ -25,8 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from silkscreen import weights
 from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import TrainingError
+from silkscreen.files import replacing
 from silkscreen.flux2.context import TemplateContext
 from silkscreen.flux2.loading import default_dtype, load_base
 from silkscreen.template import find_template, inputs_from_signature
@@ -45,7 +47,7 @@ from silkscreen.training.data import (
 )
 from silkscreen.training.encoding import Encoder, about, about_models
 from silkscreen.training.models import training_base
-from silkscreen.training.store import Example, ExampleStore, read_index
+from silkscreen.training.store import Example, ExampleStore, StoreError, read_index
 from silkscreen.training.trainable import choose_trainable, trained_names
 
 _EMPTY = TemplateCache({}, {}, "")
@@ -250,12 +252,10 @@ class _Run:
         assert self.store is not None
         try:
             self.store.add(row, example)
-        except OSError as error:
+        except StoreError as error:
             if self.config.task == "sft:data_process":
-                raise TrainingError(
-                    f"{self.store.folder} cannot be written ({error}): make room, and start again"
-                ) from error
-            self._say(f"{self.store.folder} cannot be written ({error}): rows are encoded anew in every epoch")
+                raise
+            self._say(f"{error}; going on, with rows encoded anew in every epoch")
             self.store = None
 
     def encode_all(self) -> Path:
@@ -268,12 +268,7 @@ class _Run:
             for row, value in zip(left, loader, strict=True):
                 self._example(row, value, 0)
                 advance(1)
-        try:
-            self.store.flush()
-        except OSError as error:
-            raise TrainingError(
-                f"{self.store.folder} cannot be written ({error}): make room, and start again"
-            ) from error
+        self.store.flush()
         self.accelerator.wait_for_everyone()
         self._say(
             f"encoded: {self.store.folder}\n"
@@ -296,8 +291,8 @@ class _Run:
         own = self.template.has_weights(base_id) and not config.from_scratch and config.resume_from_checkpoint is None
         if own:
             model = self.template.load(base_id, dtype=torch.float32, device=self.device)
-            fresh = self.template.construct(base_id)  # its constructor says what is to stay frozen
-            for name, parameter in fresh.named_parameters():
+            empty = weights.build_empty(lambda: self.template.construct(base_id))
+            for name, parameter in empty.named_parameters():  # its constructor says what is to stay frozen
                 model.get_parameter(name).requires_grad_(parameter.requires_grad)
         else:
             model = self.template.construct(base_id).to(self.device, torch.float32)
@@ -435,8 +430,8 @@ class _Run:
             return
         try:
             self.store.flush()
-        except OSError as error:
-            self._say(f"{self.store.folder} cannot be written ({error}): some rows are encoded anew")
+        except StoreError as error:
+            self._say(f"{error}; going on, with some rows encoded anew")
         self.accelerator.wait_for_everyone()
         self.store.refresh()
 
@@ -519,13 +514,12 @@ class _Run:
     @torch.no_grad()
     def _validation_loss(self) -> float:
         mine = self.probes[self.accelerator.process_index :: self.accelerator.num_processes]
-        kept: dict[int, Example] = {}
+        rows = sorted({probe.row for probe in mine})
+        loader = self._loader(rows, range(len(self.sizes)), 0)
+        examples = {row: self._example(row, value, 0) for row, value in zip(rows, loader, strict=True)}
         losses = torch.zeros(2, device=self.device)
         for probe in mine:
-            if probe.row not in kept:
-                (found,) = self._loader([probe.row], range(len(self.sizes)), 0)
-                kept[probe.row] = self._example(probe.row, found, 0)
-            example = kept[probe.row]
+            example = examples[probe.row]
             noise = torch.randn(example.latents.shape, generator=torch.Generator().manual_seed(probe.seed))
             with self._loss([example], noise, torch.tensor([probe.index])) as value:
                 losses += torch.stack([value, torch.ones_like(value)])
@@ -576,10 +570,8 @@ class _Run:
 
     def _write_config(self) -> None:
         if self.accelerator.is_main_process:
-            path = self.config.output_path / "config.toml"
-            partial = path.with_suffix(".partial")
-            partial.write_text(tomli_w.dumps(self.config.resolved()), encoding="utf-8")
-            partial.replace(path)
+            with replacing(self.config.output_path / "config.toml") as partial:
+                partial.write_text(tomli_w.dumps(self.config.resolved()), encoding="utf-8")
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
