@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 MODEL = """
 import torch
@@ -65,3 +67,9 @@ def write_dataset(folder: Path, count: int = 4, size: tuple[int, int] = (128, 12
     path = folder / "metadata.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\n")
     return path
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    a, b = load_file(one), load_file(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

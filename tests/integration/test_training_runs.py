@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_template import write_dataset, write_template
+from training_template import same, write_dataset, write_template
 
 TRAIN = [sys.executable, "-m", "silkscreen.train"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -32,11 +32,6 @@ def succeed(words: list[str]) -> str:
     done = subprocess.run(words, capture_output=True, text=True, env=one_thread)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = load_file(one), load_file(other)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_command_of_the_field(tmp_path: Path) -> None:
