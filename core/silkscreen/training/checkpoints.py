@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,7 @@ def check_room(output: Path, needed: int) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        probe = output / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise TrainingError(f"--output_path {output} cannot be written ({error}): choose another folder") from error
     free = shutil.disk_usage(output).free
