@@ -114,6 +114,24 @@ def test_workers_and_the_cache_change_nothing(settings: dict[str, Any], tmp_path
         assert losses(tmp_path / "run") == losses(tmp_path / name)
 
 
+def test_a_step_is_the_one_of_the_named_optimizer(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The first step of Adam is the same for every decay of the mean square, the second is not."""
+    settings |= {"num_epochs": 1, "dataset_repeat": 1, "customized_optimizer": "torch.optim.Adam"}
+    checkpoints = {
+        beta2: load_file(run(settings, output_path=tmp_path / str(beta2), adam_beta2=beta2, weight_decay=0.0))
+        for beta2 in (None, 0.999, 0.5)
+    }
+    assert all(torch.equal(value, checkpoints[0.999][name]) for name, value in checkpoints[None].items())
+    assert not any(torch.equal(value, checkpoints[0.5][name]) for name, value in checkpoints[None].items())
+
+
+def test_an_optimizer_that_cannot_be_had_is_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match=r"customized_optimizer 'torch.optim.Atom' cannot be had.*no attribute"):
+        run(settings, customized_optimizer="torch.optim.Atom")
+    with pytest.raises(TrainingError, match=r"customized_optimizer 'torch.optim.SGD' cannot be had.*betas"):
+        run(settings, customized_optimizer="torch.optim.SGD", adam_beta2=0.9)
+
+
 def test_accumulated_batches_are_one_step(settings: dict[str, Any], tmp_path: Path) -> None:
     one = load_file(run(settings, batch_size=4))
     accumulated = {"batch_size": 1, "gradient_accumulation_steps": 4, "output_path": tmp_path / "accumulated"}

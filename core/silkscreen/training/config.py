@@ -58,6 +58,8 @@ class TrainingConfig:
         warmup_steps: steps over which it rises from 0.
         weight_decay: of the optimizer.
         customized_optimizer: an optimizer's class, such as `torch.optim.Adam`; by default `torch.optim.AdamW`.
+        adam_beta2: Adam's decay of the mean squared gradient; by default the optimizer's own. Lower it, as to 0.95,
+            where the first gradients are far larger than the rest and would hold every later step down.
         max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
         ema_decay: decay of an exponential moving average of the weights, which is then what is saved; 0 for none.
         seed: of the order, the noise and the timesteps.
@@ -110,6 +112,7 @@ class TrainingConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.01
     customized_optimizer: str = "torch.optim.AdamW"
+    adam_beta2: float | None = None
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     seed: int = 0
@@ -167,6 +170,8 @@ class TrainingConfig:
         for name in ("dataset_repeat", "batch_size", "num_epochs", "gradient_accumulation_steps", "max_pixels"):
             if getattr(self, name) < 1:
                 problems.append(f"--{name} {getattr(self, name)}: at least 1 is needed")
+        if self.adam_beta2 is not None and not 0 <= self.adam_beta2 < 1:
+            problems.append(f"--adam_beta2 {self.adam_beta2}: from 0 to below 1 is needed")
         if not 0 <= self.validation_split < 1:
             problems.append(f"--validation_split {self.validation_split}: a share from 0 to below 1 is needed")
         if problems:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib
+import inspect
 import os
 import shutil
 import time
@@ -306,9 +307,7 @@ class _Run:
         self.names = trained_names(self.model)
         parameters = [value for value in self.model.parameters() if value.requires_grad]
         checkpoints.check_room(config.output_path, sum(value.nbytes for value in self.model.parameters()) * 6)
-        optimizer = _optimizer_class(config.customized_optimizer)(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        optimizer = _optimizer(config, parameters)
         state = self._find_state()
         items = self.place.items
         if items % accelerator.num_processes:
@@ -637,12 +636,20 @@ def _make_accelerator(config: TrainingConfig) -> Accelerator:
     )
 
 
-def _optimizer_class(name: str) -> Any:
+def _optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    name = config.customized_optimizer
     module, _, attribute = name.rpartition(".")
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.adam_beta2 is not None:
+        options["betas"] = (0.9, config.adam_beta2)
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise TrainingError(f"--customized_optimizer {name!r} cannot be had: {error}") from error
+        chosen = getattr(importlib.import_module(module), attribute)
+        if "fused" in inspect.signature(chosen).parameters:
+            options["fused"] = True
+        made: torch.optim.Optimizer = chosen(parameters, **options)
+    except (ImportError, AttributeError, ValueError, TypeError, RuntimeError) as error:
+        raise TrainingError(f"--customized_optimizer {name!r} cannot be had with {options}: {error}") from error
+    return made
 
 
 def _offloaded_checkpoint(function: Any, *arguments: Any) -> Any:
