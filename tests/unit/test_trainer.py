@@ -64,14 +64,16 @@ def test_an_unknown_part_is_an_error_that_lists_the_parts(settings: dict[str, An
         run(settings, trainable_models="template_model.valves")
 
 
-def test_a_step_is_the_naive_objective(settings: dict[str, Any]) -> None:
-    trainer = _Run(TrainingConfig(**settings))
+@pytest.mark.parametrize("timesteps", [(0, 1000), (400, 401), (0, 200)])
+def test_a_step_is_the_naive_objective(settings: dict[str, Any], timesteps: tuple[int, int]) -> None:
+    shares = {"min_timestep_boundary": timesteps[0] / 1000, "max_timestep_boundary": timesteps[1] / 1000}
+    trainer = _Run(TrainingConfig(**settings, **shares))
     trainer.prepared = trainer.model
     assert trainer.preparation is not None
     example = trainer.encoder.encode(trainer.preparation.prepare(1, 0), 0)
     value = trainer._learn([example], [1], 0)
     generator = torch.Generator().manual_seed(draw_seed(0, 0, 1))
-    i = int(torch.randint(1000, (1,), generator=generator))
+    i = int(torch.randint(*timesteps, (1,), generator=generator))
     noise = torch.randn(example.latents.shape, generator=generator)
     sigma = objective.sigmas()[i]
     noisy = (1 - sigma) * example.latents + sigma * noise
@@ -307,6 +309,8 @@ def test_weights_to_start_from(settings: dict[str, Any], tmp_path: Path) -> None
         ({"dataset_metadata_path": None}, "--dataset_metadata_path is missing"),
         ({"task": "sft:train"}, "needs --dataset_base_path"),
         ({"validation_split": 1.0}, "--validation_split 1.0"),
+        ({"adam_beta2": 1.0}, "--adam_beta2 1.0"),
+        ({"min_timestep_boundary": 0.5, "max_timestep_boundary": 0.5}, "a smaller and a larger share"),
     ],
 )
 def test_settings_that_make_no_sense_say_so(settings: dict[str, Any], more: dict[str, Any], message: str) -> None:

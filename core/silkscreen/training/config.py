@@ -62,6 +62,8 @@ class TrainingConfig:
             where the first gradients are far larger than the rest and would hold every later step down.
         max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
         ema_decay: decay of an exponential moving average of the weights, which is then what is saved; 0 for none.
+        max_timestep_boundary, min_timestep_boundary: the part of the noise levels that is trained on, as shares of
+            their grid: 0 is noise alone, 1 the picture. A layout is settled early: 0 to 0.2 teaches it soonest.
         seed: of the order, the noise and the timesteps.
         mixed_precision: `bf16` computes in bfloat16 where torch's autocast does, `no` in the base's precision; by
             default what accelerate is configured for.
@@ -115,6 +117,8 @@ class TrainingConfig:
     adam_beta2: float | None = None
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
+    max_timestep_boundary: float = 1.0
+    min_timestep_boundary: float = 0.0
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     use_gradient_checkpointing: bool = False
@@ -170,6 +174,11 @@ class TrainingConfig:
         for name in ("dataset_repeat", "batch_size", "num_epochs", "gradient_accumulation_steps", "max_pixels"):
             if getattr(self, name) < 1:
                 problems.append(f"--{name} {getattr(self, name)}: at least 1 is needed")
+        if not 0 <= self.min_timestep_boundary < self.max_timestep_boundary <= 1:
+            problems.append(
+                f"--min_timestep_boundary {self.min_timestep_boundary} --max_timestep_boundary "
+                f"{self.max_timestep_boundary}: a smaller and a larger share from 0 to 1 are needed"
+            )
         if self.adam_beta2 is not None and not 0 <= self.adam_beta2 < 1:
             problems.append(f"--adam_beta2 {self.adam_beta2}: from 0 to below 1 is needed")
         if not 0 <= self.validation_split < 1:

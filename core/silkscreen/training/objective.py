@@ -28,6 +28,12 @@ def weights() -> torch.Tensor:
     return (bell * (STEPS / bell.sum())).float()
 
 
+def draw_index(generator: torch.Generator, first: float = 0.0, end: float = 1.0) -> torch.Tensor:
+    """Return a grid point, (1,), drawn evenly from the part of the grid between two shares of it."""
+    low, high = round(first * STEPS), round(end * STEPS)
+    return torch.randint(low, max(high, low + 1), (1,), generator=generator)
+
+
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Return (1 - sigma) latents + sigma noise, for grid points (B,) of latents (B, ...)."""
     sigma = sigmas().to(latents.device)[index].view(-1, *[1] * (latents.ndim - 1))

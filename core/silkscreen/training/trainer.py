@@ -437,7 +437,8 @@ class _Run:
     def _learn(self, examples: Sequence[Example], items: Sequence[int], epoch: int) -> torch.Tensor:
         """Add to the gradients what a batch tells, and return its loss."""
         drawn = [torch.Generator().manual_seed(draw_seed(self.config.seed, epoch, item)) for item in items]
-        index = torch.cat([torch.randint(objective.STEPS, (1,), generator=generator) for generator in drawn])
+        part = (self.config.min_timestep_boundary, self.config.max_timestep_boundary)
+        index = torch.cat([objective.draw_index(generator, *part) for generator in drawn])
         noise = torch.cat([torch.randn(e.latents.shape, generator=g) for e, g in zip(examples, drawn, strict=True)])
         seed_all(self.config.seed, epoch, items[0], "step")
         with self._loss(examples, noise, index) as value:
