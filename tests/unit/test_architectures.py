@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from silkscreen import find_template
 from silkscreen.architectures.dit import PictureKV, from_transformer
-from silkscreen.architectures.value import ValueEncoder
+from silkscreen.architectures.value import ValueEncoder, sinusoids
 from silkscreen.cache import TemplateCache, inject
 from torch import nn
 
@@ -77,9 +77,9 @@ def test_a_value_is_embedded_as_cosines_then_sines() -> None:
     torch.manual_seed(0)
     encoder = ValueEncoder(dim=8, length=3)
     frequencies = [10000 ** (-i / 128) for i in range(128)]
-    sinusoids = [math.cos(250 * f) for f in frequencies] + [math.sin(250 * f) for f in frequencies]
-    expected = encoder.prefer_value_embedder(torch.tensor(sinusoids)) + encoder.positional_embedding
-    torch.testing.assert_close(encoder(torch.tensor([0.25]))[0], expected, atol=1e-4, rtol=1e-4)
+    expected = [math.cos(250 * f) for f in frequencies] + [math.sin(250 * f) for f in frequencies]
+    expected = encoder.prefer_value_embedder(torch.tensor(expected)) + encoder.positional_embedding
+    torch.testing.assert_close(encoder(sinusoids(torch.tensor([0.25])))[0], expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -15,19 +15,24 @@ FREQUENCIES = 128
 """Frequencies of the sinusoidal embedding, each as a cosine and a sine; the longest period is 10000."""
 
 
+def sinusoids(value: torch.Tensor) -> torch.Tensor:
+    """Return the sinusoidal embeddings, (B, 256), of values (B,), about 0 to 1."""
+    embedding: torch.Tensor = get_timestep_embedding(
+        value.float() * 1000, 2 * FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    return embedding
+
+
 class ValueEncoder(nn.Module):
-    """Maps a value to `length` tokens of size `dim`."""
+    """Maps a value's sinusoidal embedding to `length` tokens of size `dim`."""
 
     def __init__(self, dim: int, length: int) -> None:
         super().__init__()
         self.prefer_value_embedder = nn.Sequential(nn.Linear(2 * FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.positional_embedding = nn.Parameter(torch.randn(length, dim))
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """Map values (B,), about 0 to 1, to (B, length, dim)."""
-        sinusoids = get_timestep_embedding(
-            value.float() * 1000, 2 * FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0
-        )
+    def forward(self, sinusoids: torch.Tensor) -> torch.Tensor:
+        """Map sinusoidal embeddings (B, 256) to (B, length, dim)."""
         embedded: torch.Tensor = self.prefer_value_embedder(sinusoids.to(self.positional_embedding.dtype))
         return embedded.unsqueeze(1) + self.positional_embedding
 
@@ -52,8 +57,9 @@ class ValueKV(nn.Module):
 
     def keys_and_values(self, value: torch.Tensor) -> dict[str, KV]:
         """Map values (B,) to, for each block, keys and values (B, length, heads, head size)."""
+        embedded = sinusoids(value)
         keys, values = (
-            {block: encoder(value).unflatten(-1, (-1, self.head_dim)) for block, encoder in encoders.items()}
+            {block: encoder(embedded).unflatten(-1, (-1, self.head_dim)) for block, encoder in encoders.items()}
             for encoders in (self.proj_k, self.proj_v)
         )
         return {block: (keys[block], values[block]) for block in keys}

@@ -213,7 +213,10 @@ def seed_all(*numbers: int | str) -> None:
     seed = draw_seed(*numbers)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:  # it would look for every kind of device at each step
+        torch.default_generator.manual_seed(seed)
 
 
 def _records(metadata: Path) -> Iterator[tuple[int, Any]]:

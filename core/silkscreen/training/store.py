@@ -66,6 +66,7 @@ class ExampleStore:
         self._places: dict[int, tuple[Path, Any]] = {}
         self._waiting: dict[int, tuple[Any, dict[str, torch.Tensor]]] = {}
         self._shards: set[str] = set()
+        self._open: dict[Path, Any] = {}
         found = read_index(folder)
         if found is None:
             if process == 0:
@@ -93,8 +94,14 @@ class ExampleStore:
             form, tensors = self._waiting[row]
             return Example(**{name: _restored(form[name], f"{row}/{name}", tensors.__getitem__) for name in form})
         path, form = self._places[row]
-        with safe_open(path, framework="pt") as file:
-            return Example(**{name: _restored(form[name], f"{row}/{name}", file.get_tensor) for name in form})
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        read = self._open[path].get_tensor
+        return Example(**{name: _restored(form[name], f"{row}/{name}", read) for name in form})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open shards: a data worker opens its own."""
+        return {**vars(self), "_open": {}}
 
     def refresh(self) -> None:
         """See the shards that other processes have written."""

@@ -472,7 +472,7 @@ class _Run:
         with inject(self.pipe, cache, _EMPTY):
             with self.accelerator.autocast():
                 velocity = transformer(
-                    hidden_states=pack(noisy).to(transformer.dtype),
+                    hidden_states=pack(noisy).to(self.context.torch_dtype),
                     encoder_hidden_states=text,
                     timestep=sigma,
                     img_ids=Flux2KleinPipeline._prepare_latent_ids(noisy).to(self.device),
