@@ -38,7 +38,7 @@ def figures(drawn: list[scenes.Scene], pictures: list[Image.Image]) -> dict[str,
 
 
 def test_each_of_three_in_one_call_keeps_nine_tenths_of_its_figure(tiny: Any) -> None:
-    drawn = held_out_scenes(24, wide_exposure=True)
+    drawn = held_out_scenes(32)
     prompts = [scene.prompt for scene in drawn]
     templates = TemplatePipeline(NAMES)
     requests = [request(scene) for scene in drawn]
