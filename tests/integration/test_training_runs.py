@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -111,6 +112,27 @@ def _wait_for_write(process: subprocess.Popen[bytes], output: Path, *, in_the_mi
             return True
         time.sleep(0.001)
     return False
+
+
+def test_a_full_disk_keeps_the_last_good_state(settings: dict[str, Any], tmp_path: Path) -> None:
+    succeed([*TRAIN, *flags(**settings, output_path=tmp_path / "whole")])
+    output = tmp_path / "full"
+    succeed([*TRAIN, *flags(**{**settings, "num_epochs": 1}, output_path=output)])
+    good = {path.name: path.read_bytes() for path in (output / "state" / "step-4").iterdir() if path.is_file()}
+    resumed = [*TRAIN, *flags(**settings, output_path=output, resume="latest")]
+    failed = subprocess.run(
+        resumed,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)),  # less than Adam's averages
+    )
+    assert failed.returncode == 1
+    assert "the state of step 5 cannot be written" in failed.stderr
+    assert "the last good state is kept" in failed.stderr
+    assert good == {path.name: path.read_bytes() for path in (output / "state" / "step-4").iterdir() if path.is_file()}
+    succeed(resumed)
+    assert same(tmp_path / "whole" / "epoch-2.safetensors", output / "epoch-2.safetensors")
 
 
 def test_two_processes_are_one_with_a_batch_of_two(settings: dict[str, Any], tmp_path: Path) -> None:
