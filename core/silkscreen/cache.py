@@ -196,7 +196,7 @@ class TemplateCache:
             raise CacheError(
                 f"{path} is broken: its tensors are not what its carriers consist of, see {error}: save it again"
             ) from error
-        return cls(fields, {}, source, base, parts)
+        return cls(fields, {}, source, base=base, parts=parts)
 
 
 def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> TemplateCache:
