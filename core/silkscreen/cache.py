@@ -16,11 +16,42 @@ from safetensors.torch import save_file
 
 from silkscreen.bases import Base
 from silkscreen.carriers import ALIASES, carriers
+from silkscreen.content import nbytes
 from silkscreen.errors import CacheError
-from silkscreen.files import replacing
+from silkscreen.files import replacing, sha256
 from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Sides
 
 ConflictPolicy = Literal["error", "first", "last"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one template input gave to a cache.
+
+    Attributes:
+        template: the template's name.
+        version: its distribution and version, or its folder.
+        weights: for each file of its weights, by name, where it is, or its SHA-256 in a cache that was loaded.
+        inputs: its values, as JSON: a picture by the SHA-256 of its pixels; None when they could not be written so.
+        picture: the picture of the batch that it is for; None when all share it.
+    """
+
+    template: str
+    version: str
+    weights: Mapping[str, Path | str]
+    inputs: Mapping[str, Any] | None
+    picture: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON data; the files of weights are read, once, for their SHA-256."""
+        hashes = {name: sha256(file) if isinstance(file, Path) else file for name, file in self.weights.items()}
+        return {**vars(self), "weights": hashes}
+
+    def __str__(self) -> str:
+        inputs = {} if self.inputs is None else self.inputs
+        values = [f"{name}={_short(value)}" for name, value in inputs.items()]
+        where = [] if self.picture is None else [f"for picture {self.picture}"]
+        return " ".join([self.template, f"({self.version})", *where, *values])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +62,15 @@ class TemplateCache:
         fields: for each carrier's name, its content.
         arguments: arguments for the pipeline's call, by name.
         source: the template or templates it comes from, for messages.
+        base: id of the base it was made for; empty for any that it fits.
+        parts: what it was composed of.
     """
 
     fields: Mapping[str, Any]
     arguments: Mapping[str, Any]
     source: str
+    base: str = ""
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def from_result(cls, result: Any, template: str) -> TemplateCache:
@@ -63,18 +98,42 @@ class TemplateCache:
         )
 
     def check(self, base: Base) -> None:
-        """Compare every carrier's content with a base.
+        """Compare the base it was made for, and every carrier's content, with a base.
 
         Raises:
             CacheError: with everything that does not fit.
         """
+        if self.base and self.base != base.id:
+            raise CacheError(
+                f"the template cache of {self.source!r} was made for the base {self.base}, and this pipeline is "
+                f"{base.id}: compose it anew with this pipeline"
+            )
         known = carriers()
         problems = [problem for name, value in self.fields.items() for problem in known[name].check(value, base)]
         if problems:
             raise CacheError("; ".join(f"template {self.source!r}: {problem}" for problem in problems))
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> TemplateCache:
+        """Return the cache with its tensors on a device, in a dtype."""
+        known = carriers()
+        fields = {
+            name: known[name].unflatten({key: t.to(device, dtype) for key, t in known[name].flatten(value).items()})
+            for name, value in self.fields.items()
+        }
+        return dataclasses.replace(self, fields=fields)
+
+    def inspect(self) -> str:
+        """Return, as lines of text, what it was made of and for, and its carriers with their sizes."""
+        known = carriers()
+        lines = [str(part) for part in self.parts] or [self.source]
+        lines += [f"base {self.base}"] * bool(self.base)
+        for name, value in self.fields.items():
+            lines.append(f"{name}: {known[name].describe(value)}, {nbytes(known[name].flatten(value)):,} bytes")
+        lines += [f"argument {name}: {type(value).__name__}" for name, value in self.arguments.items()]
+        return "\n".join(lines)
+
     def save(self, path: Path | str, *, overwrite: bool = False) -> None:
-        """Write the carriers to a safetensors file, whole or not at all.
+        """Write the carriers, and what they were made of and for, to a safetensors file, whole or not at all.
 
         Raises:
             FileExistsError: the file exists, and `overwrite` is not given.
@@ -94,34 +153,50 @@ class TemplateCache:
             for carrier, value in self.fields.items()
             for name, tensor in known[carrier].flatten(value).items()
         }
+        metadata = {
+            "source": self.source,
+            "base": self.base,
+            "carriers": json.dumps(list(self.fields)),
+            "parts": json.dumps([part.to_dict() for part in self.parts]),
+        }
         with replacing(path) as partial:
-            save_file(tensors, partial, {"source": self.source, "carriers": json.dumps(list(self.fields))})
+            save_file(tensors, partial, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> TemplateCache:
         """Read what `save` wrote.
 
         Raises:
-            CacheError: the file is none, or needs a carrier that is not installed.
+            CacheError: the file is none, is broken, or needs a carrier that is not installed.
         """
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             names = json.loads(metadata["carriers"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            parts = tuple(Part(**part) for part in json.loads(metadata["parts"]))
+            source, base = metadata["source"], metadata["base"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CacheError(f"{path} is no saved template cache ({type(error).__name__}: {error})") from error
         known = carriers()
         missing = [name for name in names if name not in known]
         if missing:
             raise CacheError(f"{path} holds {', '.join(missing)}: install the plugin that brings this carrier")
-        fields = {
-            carrier: known[carrier].unflatten(
-                {name.removeprefix(f"{carrier}/"): t for name, t in tensors.items() if name.startswith(f"{carrier}/")}
-            )
-            for carrier in names
-        }
-        return cls(fields, {}, metadata.get("source", str(path)))
+        contents: dict[str, dict[str, torch.Tensor]] = {carrier: {} for carrier in names}
+        try:
+            for name, tensor in tensors.items():
+                carrier, _, rest = name.partition("/")
+                contents[carrier][rest] = tensor
+            fields = {carrier: known[carrier].unflatten(content) for carrier, content in contents.items()}
+            for carrier, content in contents.items():
+                strange = content.keys() ^ known[carrier].flatten(fields[carrier]).keys()
+                if strange:
+                    raise KeyError(min(strange))
+        except KeyError as error:
+            raise CacheError(
+                f"{path} is broken: its tensors are not what its carriers consist of, see {error}: save it again"
+            ) from error
+        return cls(fields, {}, source, base=base, parts=parts)
 
 
 def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> TemplateCache:
@@ -132,7 +207,7 @@ def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> 
         policy: what happens when two give the same pipeline argument.
 
     Raises:
-        CacheError: two give the same pipeline argument, and the policy is `error`.
+        CacheError: two give the same pipeline argument, and the policy is `error`; or they are for different bases.
     """
     known = carriers()
     names = dict.fromkeys(name for cache in caches for name in cache.fields)
@@ -148,7 +223,13 @@ def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> 
                 )
             if name not in arguments or policy == "last":
                 arguments[name], givers[name] = value, cache.source
-    return TemplateCache(fields, arguments, ", ".join(cache.source for cache in caches))
+    return TemplateCache(
+        fields,
+        arguments,
+        source=", ".join(cache.source for cache in caches),
+        base=_common_base(caches),
+        parts=tuple(part for cache in caches for part in cache.parts),
+    )
 
 
 def stack(caches: Sequence[TemplateCache]) -> TemplateCache:
@@ -172,7 +253,27 @@ def stack(caches: Sequence[TemplateCache]) -> TemplateCache:
                     "draw them in calls of their own"
                 )
     fields = {name: known[name].stack([cache.fields[name] for cache in caches]) for name in first.fields}
-    return TemplateCache(fields, first.arguments, ", ".join(dict.fromkeys(cache.source for cache in caches)))
+    return TemplateCache(
+        fields,
+        first.arguments,
+        source=", ".join(dict.fromkeys(cache.source for cache in caches)),
+        base=_common_base(caches),
+        parts=tuple(dataclasses.replace(part, picture=n) for n, cache in enumerate(caches) for part in cache.parts),
+    )
+
+
+def _common_base(caches: Sequence[TemplateCache]) -> str:
+    bases = dict.fromkeys(cache.base for cache in caches if cache.base)
+    if len(bases) > 1:
+        raise CacheError(f"caches for different bases ({', '.join(bases)}) have no common use: compose them for one")
+    return next(iter(bases), "")
+
+
+def _short(value: Any) -> str:
+    """Return an input as JSON, and a picture or tensor, which is told by its checksum, by kind and size."""
+    if isinstance(value, dict) and "sha256" in value:
+        return " ".join(str(word) for kind, size in value.items() if kind != "sha256" for word in (kind, *size))
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _equal(one: Any, other: Any) -> bool:

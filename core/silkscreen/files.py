@@ -22,8 +22,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal; a file is read once for as long as it does not change."""
-    state = path.stat()
-    return _sha256(path.resolve(), state.st_mtime_ns, state.st_size)
+    return _sha256(*state(path))
+
+
+def state(path: Path) -> tuple[Path, int, int]:
+    """Return what changes when a file does: where it is, when it was written, in nanoseconds, and its size in bytes."""
+    status = path.stat()
+    return path.resolve(), status.st_mtime_ns, status.st_size
 
 
 @cache

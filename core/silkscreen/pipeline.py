@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,11 +16,15 @@ from torch import nn
 
 from silkscreen import registry
 from silkscreen.bases import Base
-from silkscreen.cache import ConflictPolicy, TemplateCache, inject, merge, stack
+from silkscreen.cache import ConflictPolicy, Part, TemplateCache, inject, merge, stack
+from silkscreen.content import content, nbytes, random_state
 from silkscreen.errors import CacheError, InputError, PipelineError, SilkscreenError, UnknownNameError
+from silkscreen.files import state
 from silkscreen.flux2.attention import attention_modules
-from silkscreen.flux2.context import TemplateContext
+from silkscreen.flux2.context import TemplateContext, keep_prompts
 from silkscreen.flux2.loading import base_of
+from silkscreen.flux2.turns import in_turn
+from silkscreen.lru import LRU
 from silkscreen.manifest import MISSING, check_values, unknown_name
 from silkscreen.template import Template, find_template
 
@@ -32,9 +38,21 @@ TemplateInputs = Sequence[TemplateInput] | Sequence[Sequence[TemplateInput]]
 class TemplatePipeline:
     """Several templates, ready to be composed in the calls of any FLUX.2 pipeline.
 
+    What a template made of its inputs is kept, and made anew only when the inputs (pictures by their pixels), its
+    weights, or the pipeline's base, dtype, device, VAE or text encoder are others. Nothing is kept when Python's,
+    NumPy's or torch's shared generators have moved while it was made: a template that draws at random does so at every
+    call. One that depends on anything else (a generator seeded from nowhere, the clock, a file that it reads), or a VAE
+    or text encoder whose weights are changed in place, needs `cache_bytes=0`.
+
+    Threads may share it, and a pipeline: calls on one transformer are served one after the other.
+
     Args:
         templates: names that `silkscreen list` shows, folders with a `model.py`, or `Template` objects.
         trust_code: allow the code in folders to be executed.
+        cache_bytes: how much of the templates' results is kept, on the pipeline's device; 0 for none.
+        prompt_cache_bytes: how much of embedded prompts is kept, likewise.
+        max_loaded_bytes: how much of the templates' weights stays loaded, those used longest ago being dropped first;
+            None for no bound. A template's weights are read when it is first used, or used again after that.
 
     Raises:
         UnknownNameError, UnavailableError, UntrustedCodeError, ContractError: a template cannot be used.
@@ -42,13 +60,22 @@ class TemplatePipeline:
     """
 
     def __init__(
-        self, templates: str | Path | Template | Sequence[str | Path | Template], *, trust_code: bool = False
+        self,
+        templates: str | Path | Template | Sequence[str | Path | Template],
+        *,
+        trust_code: bool = False,
+        cache_bytes: int = 2**30,
+        prompt_cache_bytes: int = 2**27,
+        max_loaded_bytes: int | None = None,
     ) -> None:
         if isinstance(templates, str | Path | Template):
             templates = [templates]
         self.templates: list[Template] = []
         self._given: list[str] = []
-        self._models: dict[tuple[str, str, torch.dtype, torch.device], nn.Module] = {}
+        self._models: LRU[tuple[Any, nn.Module]] = LRU(max_loaded_bytes)
+        self._results: LRU[TemplateCache] = LRU(cache_bytes)
+        self._prompts: LRU[tuple[torch.Tensor, ...]] = LRU(prompt_cache_bytes)
+        self._files: dict[tuple[str, str], list[Path]] = {}
         for template in templates:
             self.add(template, trust_code=trust_code)
 
@@ -68,12 +95,15 @@ class TemplatePipeline:
     def __contains__(self, model_id: str) -> bool:
         return model_id in self._given or model_id in [template.name for template in self.templates]
 
+    @in_turn
     def __call__(
         self,
         pipe: Any,
         *,
         template_inputs: TemplateInputs = (),
         negative_template_inputs: TemplateInputs | Literal["default"] | None = None,
+        template_cache: TemplateCache | None = None,
+        negative_template_cache: TemplateCache | None = None,
         on_conflict: ConflictPolicy = "error",
         seed: int | None = None,
         **arguments: Any,
@@ -89,6 +119,8 @@ class TemplatePipeline:
                 first prompt come first.
             negative_template_inputs: the same for the negative side of guidance, which runs bare when there are none.
                 `"default"` takes the positive ones with the negative values of the manifests.
+            template_cache: what `compose` made or `TemplateCache.load` read, in the place of `template_inputs`.
+            negative_template_cache: the same in the place of `negative_template_inputs`.
             on_conflict: what happens when two templates give the same pipeline argument: `error`, or the `first` or
                 `last` one is taken.
             seed: makes a CPU generator of this seed the call's `generator`.
@@ -106,27 +138,35 @@ class TemplatePipeline:
         attention_modules(pipe.transformer)
         arguments = self._complete(pipe, base, arguments, seed)
         has_negative = _has_negative(pipe, arguments)
+        positive = _made(pipe, template_cache, template_inputs, arguments, "")
+        negative = _made(pipe, negative_template_cache, negative_template_inputs, arguments, "negative_")
+        if template_cache and negative_template_inputs == "default":
+            raise InputError(
+                'negative_template_inputs="default" goes by template_inputs, and template_cache was given instead: '
+                "write the negative inputs out, or give a negative_template_cache"
+            )
         given: TemplateInputs = () if isinstance(negative_template_inputs, str) else negative_template_inputs or ()
-        if any(_lists(given).values()) and not has_negative:
+        if (any(_lists(given).values()) or negative) and not has_negative:
             raise PipelineError(
-                f"negative_template_inputs have no effect: {base.id} runs no negative side in this call "
-                "(it is distilled, or guidance_scale is at most 1): leave them out"
+                f"negative_template_{'cache has' if negative else 'inputs have'} no effect: {base.id} runs no negative "
+                "side in this call (it is distilled, or guidance_scale is at most 1): leave it out"
             )
         _warn_of_unknown_words(base, arguments)
-        positive = self.compose(
+        positive = positive or self.compose(
             pipe, template_inputs, on_conflict=on_conflict, repeat=_repeat(template_inputs, arguments)
         )
         if isinstance(negative_template_inputs, str) and has_negative:
             given = [self.default_negatives(some) for some in _lists(template_inputs).values()]
-        negative = self.compose(pipe, given, on_conflict=on_conflict, repeat=_repeat(given, arguments))
+        negative = negative or self.compose(pipe, given, on_conflict=on_conflict, repeat=_repeat(given, arguments))
         arguments |= _pipeline_arguments(pipe, positive, arguments)
         hooks = registry.plugin_manager().hook
         hooks.before_generate(pipe=pipe, arguments=arguments)
-        with inject(pipe, positive, negative):
+        with keep_prompts(pipe, self._prompts), inject(pipe, positive, negative):
             result = pipe(**arguments)
         hooks.after_generate(pipe=pipe, arguments=arguments, result=result)
         return result
 
+    @in_turn
     @torch.no_grad()
     def compose(
         self, pipe: Any, template_inputs: TemplateInputs, *, on_conflict: ConflictPolicy = "error", repeat: int = 1
@@ -145,7 +185,8 @@ class TemplatePipeline:
         """
         context = TemplateContext(pipe)
         requests = [self.check_inputs(some, where) for where, some in _lists(template_inputs).items()]
-        caches = [self._compose(context, some, on_conflict) for some in requests]
+        with keep_prompts(pipe, self._prompts):
+            caches = [self._compose(context, some, on_conflict) for some in requests]
         return stack([cache for cache in caches for _ in range(repeat)]) if len(caches) > 1 else caches[0]
 
     def check_inputs(
@@ -184,14 +225,30 @@ class TemplatePipeline:
     def _compose(
         self, context: TemplateContext, requests: Sequence[tuple[Template, dict[str, Any]]], policy: ConflictPolicy
     ) -> TemplateCache:
-        caches = []
-        for template, values in requests:
-            model = self._model(template, context)
-            processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
-            cache = TemplateCache.from_result(model(pipe=context, **processed), template.name)
-            cache.check(context.base)
-            caches.append(cache)
-        return merge(caches, policy)
+        return merge([self._result(context, template, values) for template, values in requests], policy)
+
+    def _result(self, context: TemplateContext, template: Template, values: Mapping[str, Any]) -> TemplateCache:
+        """Return what a template makes of its values: kept from before, or made now."""
+        files = self._weight_files(template, context.base.id)
+        inputs: dict[str, Any] | None
+        try:
+            inputs = {name: content(value) for name, value in values.items()}
+        except TypeError:
+            inputs = None
+        key = (template.name, *map(state, files), context.key, json.dumps(inputs, sort_keys=True))
+        kept = self._results.get(key)
+        if kept is not None:
+            return kept
+        model = self._model(template, context, files)
+        before = random_state(context.device)
+        processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
+        cache = TemplateCache.from_result(model(pipe=context, **processed), template.name)
+        cache.check(context.base)
+        part = Part(template.name, template.origin, {file.name: file for file in files}, inputs)
+        cache = dataclasses.replace(cache, base=context.base.id, parts=(part,))
+        if inputs is not None and random_state(context.device) == before:
+            self._results.put(key, cache, nbytes([cache.fields, cache.arguments]))
+        return cache
 
     def find(self, model_id: str | int | None, where: str = "template_inputs") -> Template:
         """Return the template that a `model_id` means.
@@ -214,11 +271,20 @@ class TemplatePipeline:
             raise UnknownNameError(f"{where}: {unknown_name('model_id', str(model_id), names)}")
         return self.templates[names.index(model_id)]
 
-    def _model(self, template: Template, context: TemplateContext) -> nn.Module:
+    def _model(self, template: Template, context: TemplateContext, files: Sequence[Path]) -> nn.Module:
         key = (template.name, context.base.id, context.torch_dtype, context.device)
-        if key not in self._models:
-            self._models[key] = template.load(context.base.id, dtype=context.torch_dtype, device=context.device)
-        return self._models[key]
+        states = tuple(map(state, files))
+        loaded = self._models.get(key)
+        if loaded is None or loaded[0] != states:
+            loaded = states, template.load(context.base.id, dtype=context.torch_dtype, device=context.device)
+            self._models.put(key, loaded, nbytes(loaded[1]))
+        return loaded[1]
+
+    def _weight_files(self, template: Template, base_id: str) -> list[Path]:
+        key = (template.name, base_id)
+        if key not in self._files:
+            self._files[key] = template.weight_files(base_id)
+        return self._files[key]
 
     @staticmethod
     def _complete(pipe: Any, base: Base, arguments: dict[str, Any], seed: int | None) -> dict[str, Any]:
@@ -252,16 +318,40 @@ def _lists(template_inputs: Any) -> dict[str, Sequence[TemplateInput]]:
     return {"template_inputs": template_inputs or ()}
 
 
+def _made(
+    pipe: Any, cache: TemplateCache | None, template_inputs: Any, arguments: Mapping[str, Any], side: str
+) -> TemplateCache | None:
+    """Return a made cache where and as the transformer computes, or refuse it when it does not suit the call."""
+    if cache is None:
+        return None
+    if template_inputs:
+        raise InputError(f"{side}template_inputs and {side}template_cache were both given: leave one out")
+    cache.check(base_of(pipe))
+    pictures = [part.picture for part in cache.parts if part.picture is not None]
+    prompts, count = _pictures(arguments)
+    if pictures and max(pictures) + 1 != prompts * count:
+        raise InputError(
+            f"{side}template_cache was made for {max(pictures) + 1} pictures, and the call draws {prompts * count}: "
+            "compose it with as many lists of inputs, or with one that all pictures share"
+        )
+    return cache.to(pipe._execution_device, pipe.transformer.dtype)
+
+
 def _repeat(template_inputs: TemplateInputs, arguments: Mapping[str, Any]) -> int:
     """Return how many pictures each list is for: all pictures of a prompt follow each other in a pipeline's batch."""
     lists = len(_lists(template_inputs))
-    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
-    prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
-    count = arguments.get("num_images_per_prompt") or 1
+    prompts, count = _pictures(arguments)
     if lists not in (1, prompts, prompts * count):
         wanted = f"{prompts}, one for each prompt" + (f", or {prompts * count}, one for each picture" * (count > 1))
         raise InputError(f"template_inputs has {lists} lists: give {wanted}")
     return count if lists == prompts else 1
+
+
+def _pictures(arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many prompts a call has, and how many pictures it draws of each."""
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
+    return prompts, arguments.get("num_images_per_prompt") or 1
 
 
 def _pipeline_arguments(pipe: Any, cache: TemplateCache, given: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -288,5 +378,5 @@ def _warn_of_unknown_words(base: Base, arguments: Mapping[str, Any]) -> None:
     if unknown:
         warnings.warn(
             f"{base.id} does not know {', '.join(dict.fromkeys(unknown))}; it knows {', '.join(base.vocabulary)}",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -105,13 +105,14 @@ class Template:
             ContractError: with everything about the module and its weights that breaks the contract.
         """
         files, problems = self._files(base_id)
-        if not problems and files:
-            problems = weights.differences(weights.build_empty(lambda: self.construct(base_id)), files)
+        device = torch.device(device)
+        if files and not problems:
+            model = weights.build_empty(lambda: self.construct(base_id))
+            problems = weights.differences(model, files)
         if problems:
             raise ContractError(self.name, [f"{self.origin}: {problem}" for problem in problems])
-        device = torch.device(device)
         if files:
-            model = weights.load(lambda: self.construct(base_id), files, dtype=dtype, device=device)
+            model = weights.load(model, lambda: self.construct(base_id), files, dtype=dtype, device=device)
         else:
             model = self.construct(base_id).to(device, dtype)
         return model.eval().requires_grad_(False)

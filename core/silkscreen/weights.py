@@ -114,14 +114,18 @@ def build_empty(construct: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load(
-    construct: Callable[[], nn.Module], files: Sequence[TensorFile], *, dtype: torch.dtype, device: torch.device
+    model: nn.Module,
+    construct: Callable[[], nn.Module],
+    files: Sequence[TensorFile],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
-    """Build a model and give it the tensors of the files, which have to fit it (see `differences`).
+    """Give an empty model the tensors of the files, which have to fit it; a new one if that leaves it incomplete.
 
     Tensors that already have the dtype and stay on the CPU are used where they are mapped; others are converted one by
     one, so that memory never holds much more than the weights at the wanted dtype.
     """
-    model = build_empty(construct)
     _assign(model, files, dtype, device)
     if any(parameter.is_meta for parameter in model.parameters()):
         model = construct()

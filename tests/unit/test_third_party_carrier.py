@@ -50,6 +50,9 @@ CARRIER = """
         def unflatten(self, tensors):
             return tensors["shift"]
 
+        def describe(self, value):
+            return f"{len(value)} channels"
+
         @contextmanager
         def inject(self, pipe, sides):
             def shift(module, args, kwargs):

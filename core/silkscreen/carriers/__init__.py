@@ -42,6 +42,9 @@ class Carrier(Protocol):
     def unflatten(self, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Return the value that `flatten` made these tensors of."""
 
+    def describe(self, value: Any) -> str:
+        """Return a value's size in a few words, as `8 tokens in 6 blocks`."""
+
     def inject(self, pipe: Any, sides: Sides) -> AbstractContextManager[None]:
         """Let the sides' values of this carrier act on a pipeline, for as long as the context lasts."""
 

@@ -55,6 +55,10 @@ class ExtraTextEmbedding:
         """Undo `flatten`."""
         return tensors["embedding"]
 
+    def describe(self, value: torch.Tensor) -> str:
+        """Tell its tokens."""
+        return f"{value.shape[1]} tokens"
+
     @contextmanager
     def inject(self, pipe: Any, sides: Sides) -> Iterator[None]:
         """Append the running side's tokens to what the transformer is called with."""

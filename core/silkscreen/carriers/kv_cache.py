@@ -71,6 +71,11 @@ class KVCache:
         blocks = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
         return {block: (tensors[f"{block}.k"], tensors[f"{block}.v"]) for block in blocks}
 
+    def describe(self, value: Mapping[str, KV]) -> str:
+        """Tell its tokens, which may differ from block to block, and its blocks."""
+        tokens = sorted({key.shape[1] for key, _ in value.values()})
+        return f"{' or '.join(map(str, tokens)) or 'no'} tokens in {len(value)} blocks"
+
     def inject(self, pipe: Any, sides: Sides) -> AbstractContextManager[None]:
         """Replace the attention processors of the pipeline's transformer."""
         from silkscreen.flux2.attention import inject_kv

@@ -91,6 +91,12 @@ class LoRA:
         """Return the tensors as they are: they are named as the carrier has them."""
         return dict(tensors)
 
+    def describe(self, value: Mapping[str, Any]) -> str:
+        """Tell its rank, which may differ from layer to layer, and its layers."""
+        factors = _factors(value)
+        ranks = sorted({a.shape[-2] for a, _ in factors.values()})
+        return f"rank {' or '.join(map(str, ranks)) or 0} in {len(factors)} layers"
+
     @contextmanager
     def inject(self, pipe: Any, sides: Sides) -> Iterator[None]:
         """Put a layer with the sides' updates in the place of each linear layer that has any, for the time being.

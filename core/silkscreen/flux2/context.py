@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
 from typing import Any
+from weakref import ref
 
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 
 from silkscreen.bases import Base
+from silkscreen.content import content, nbytes
 from silkscreen.flux2.loading import base_of
+from silkscreen.lru import LRU
 
 TEXT_OPTIONS = ("max_sequence_length", "text_encoder_out_layers")
 """Arguments of a pipeline's call that say how a prompt is encoded."""
@@ -34,6 +40,12 @@ class TemplateContext:
         self.device: torch.device = pipe._execution_device
         self.vae = _Encoder(pipe)
         self.units = [Flux2Unit_Qwen3PromptEmbedder()]
+
+    @property
+    def key(self) -> Hashable:
+        """What tells it from a context in which a template may return something else."""
+        parts = ("vae", "text_encoder", "tokenizer")
+        return self.base.id, self.torch_dtype, self.device, *(_identity(self._pipe, part) for part in parts)
 
     @property
     def tokenizer(self) -> Any:
@@ -61,6 +73,47 @@ class TemplateContext:
         with torch.no_grad():
             embeds, ids = self._pipe.encode_prompt(prompts, device=self.device, **options)
         return embeds.to(self.torch_dtype), ids
+
+
+@contextmanager
+def keep_prompts(pipe: Any, kept: LRU[tuple[torch.Tensor, ...]]) -> Iterator[None]:
+    """Let a pipeline take embeddings of prompts that it has encoded before from `kept`, as long as the context lasts.
+
+    A list of prompts is one entry, because how many are encoded at once decides the last bits.
+    """
+    original, own = pipe.encode_prompt, vars(pipe).get("encode_prompt")
+    parameters = signature(original)
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        call = parameters.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = dict(call.arguments)
+        if given.get("prompt_embeds") is not None:
+            return original(*args, **kwargs)  # type: ignore[no-any-return]
+        given["prompt"] = [given["prompt"]] if isinstance(given["prompt"], str) else given["prompt"]
+        given["device"] = str(given["device"] or pipe._execution_device)
+        parts = (_identity(pipe, part) for part in ("text_encoder", "tokenizer"))
+        key = (json.dumps(content(given)), *parts)
+        found = kept.get(key)
+        if found is None:
+            found = original(*args, **kwargs)
+            kept.put(key, found, nbytes(found))
+        return tuple(tensor.clone() for tensor in found)
+
+    pipe.encode_prompt = encode_prompt
+    try:
+        yield
+    finally:
+        if own is None:
+            del pipe.encode_prompt
+        else:
+            pipe.encode_prompt = own
+
+
+def _identity(pipe: Any, part: str) -> Hashable:
+    """Tell a part of a pipeline from any other: neither is kept alive by it, nor equal to one made after its end."""
+    component = getattr(pipe, part, None)
+    return None if component is None else (ref(component), getattr(component, "dtype", None))
 
 
 class _Encoder:
