@@ -351,7 +351,7 @@ def mag(pipe: Any) -> Any:
 
 def pyramid(pipe: Any) -> Any:
     return PyramidAttentionBroadcastConfig(
-        spatial_attention_block_skip_range=2,
+        spatial_attention_block_skip_range=3,
         spatial_attention_timestep_skip_range=(-1, 1001),
         current_timestep_callback=lambda: pipe.current_timestep,
     )
