@@ -127,7 +127,7 @@ def constant_folder(tmp_path: Path) -> Path:
 
 FIXED_TEMPLATE = """
     import torch
-    from small_flux2 import SHAPES, random_lora, random_picture, random_tensor
+    from small_flux2 import SHAPES, random_kv, random_lora, random_picture, random_tensor
 
     class TEMPLATE_MODEL(torch.nn.Module):
         def process_inputs(self, pipe, seed=0, **kwargs):

@@ -10,12 +10,19 @@ from diffusers import (
     AutoencoderKLFlux2,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
 )
 from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 CALL: dict[str, Any] = {
     "height": 32,
@@ -30,12 +37,13 @@ CALL: dict[str, Any] = {
 
 
 def build_pipeline(pipeline: type = Flux2KleinPipeline, single_blocks: int = 2, **config: Any) -> Any:
-    """Return a klein pipeline of random weights, the same at every call."""
+    """Return a pipeline of random weights, the same at every call."""
     torch.manual_seed(0)
+    dev = pipeline is Flux2Pipeline
     words = Tokenizer(WordLevel({"[pad]": 0, "[unk]": 1, "red": 2, "blue": 3}, unk_token="[unk]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[pad]", unk_token="[unk]")
-    tokenizer.chat_template = "{{ messages[0]['content'] }} red"
+    tokenizer.chat_template = f"{{{{ messages[-1]['content']{'[0].text' if dev else ''} }}}} red"
     pipe = pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=AutoencoderKLFlux2(
@@ -46,19 +54,7 @@ def build_pipeline(pipeline: type = Flux2KleinPipeline, single_blocks: int = 2, 
             mid_block_add_attention=False,
             sample_size=32,
         ),
-        text_encoder=Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=4,
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=2,
-                head_dim=8,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
-        ),
+        text_encoder=_text_encoder(dev),
         tokenizer=tokenizer,
         transformer=Flux2Transformer2DModel(
             in_channels=16,
@@ -68,7 +64,7 @@ def build_pipeline(pipeline: type = Flux2KleinPipeline, single_blocks: int = 2, 
             num_attention_heads=2,
             joint_attention_dim=32,
             axes_dims_rope=(4, 4, 4, 4),
-            guidance_embeds=False,
+            guidance_embeds=dev,
         ),
         **config,
     )
@@ -77,6 +73,30 @@ def build_pipeline(pipeline: type = Flux2KleinPipeline, single_blocks: int = 2, 
     pipe.transformer.eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _text_encoder(dev: bool) -> Any:
+    size = {
+        "vocab_size": 4,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if not dev:
+        return Qwen3ForCausalLM(Qwen3Config(**size))
+    sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config={"model_type": "mistral", **size},
+            vision_config={"model_type": "pixtral", "image_size": 16, "patch_size": 8, **sight},
+            image_token_index=3,
+        )
+    )
 
 
 SHAPES = {
@@ -102,6 +122,13 @@ def random_lora(seed: int, *modules: str, rank: int = 2, batch: tuple[int, ...] 
         factors[f"{module}.lora_A.weight"] = random_tensor(1000 * seed + 2 * index, *batch, rank, inputs) / 4
         factors[f"{module}.lora_B.weight"] = random_tensor(1000 * seed + 2 * index + 1, *batch, outputs, rank) / 4
     return factors
+
+
+def random_kv(seed: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return random keys and values of 3 tokens for all of its blocks."""
+    blocks = ("double_0", "double_1", "single_0", "single_1")
+    pairs = [random_tensor(1000 * seed + index, 2, 1, 3, 2, 16) for index in range(4)]
+    return {block: (key, 2 * value) for block, (key, value) in zip(blocks, pairs, strict=True)}
 
 
 def random_picture(seed: int) -> Image.Image:

@@ -137,7 +137,7 @@ class TemplatePipeline:
         base = base_of(pipe)
         attention_modules(pipe.transformer)
         arguments = self._complete(pipe, base, arguments, seed)
-        has_negative = _has_negative(pipe, arguments)
+        one_sided = _why_one_sided(pipe, arguments)
         positive = _made(pipe, template_cache, template_inputs, arguments, "")
         negative = _made(pipe, negative_template_cache, negative_template_inputs, arguments, "negative_")
         if template_cache and negative_template_inputs == "default":
@@ -146,23 +146,27 @@ class TemplatePipeline:
                 "write the negative inputs out, or give a negative_template_cache"
             )
         given: TemplateInputs = () if isinstance(negative_template_inputs, str) else negative_template_inputs or ()
-        if (any(_lists(given).values()) or negative) and not has_negative:
+        if (any(_lists(given).values()) or negative) and one_sided:
             raise PipelineError(
                 f"negative_template_{'cache has' if negative else 'inputs have'} no effect: {base.id} runs no negative "
-                "side in this call (it is distilled, or guidance_scale is at most 1): leave it out"
+                f"side in this call, because {one_sided}: leave it out"
             )
         _warn_of_unknown_words(base, arguments)
         positive = positive or self.compose(
             pipe, template_inputs, on_conflict=on_conflict, repeat=_repeat(template_inputs, arguments)
         )
-        if isinstance(negative_template_inputs, str) and has_negative:
+        if isinstance(negative_template_inputs, str) and not one_sided:
             given = [self.default_negatives(some) for some in _lists(template_inputs).values()]
         negative = negative or self.compose(pipe, given, on_conflict=on_conflict, repeat=_repeat(given, arguments))
         arguments |= _pipeline_arguments(pipe, positive, arguments)
         hooks = registry.plugin_manager().hook
         hooks.before_generate(pipe=pipe, arguments=arguments)
-        with keep_prompts(pipe, self._prompts), inject(pipe, positive, negative):
-            result = pipe(**arguments)
+        try:
+            with keep_prompts(pipe, self._prompts), inject(pipe, positive, negative):
+                result = pipe(**arguments)
+        except BaseException:
+            pipe.maybe_free_model_hooks()  # step caches are emptied: a pipeline sees to it only when its call succeeds
+            raise
         hooks.after_generate(pipe=pipe, arguments=arguments, result=result)
         return result
 
@@ -299,11 +303,14 @@ class TemplatePipeline:
         return {**{name: value for name, value in base.call.items() if name in accepted}, **arguments}
 
 
-def _has_negative(pipe: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether the call runs a negative side, as `do_classifier_free_guidance` of diffusers' pipelines tells it."""
-    guided = hasattr(type(pipe), "do_classifier_free_guidance") and not pipe.config.get("is_distilled", False)
+def _why_one_sided(pipe: Any, arguments: Mapping[str, Any]) -> str:
+    """Return why the call runs no negative side, as `do_classifier_free_guidance` of diffusers tells it, or nothing."""
+    if not hasattr(type(pipe), "do_classifier_free_guidance"):
+        return f"{type(pipe).__name__} has no classifier-free guidance"
+    if pipe.config.get("is_distilled", False):
+        return "it is distilled"
     scale = arguments.get("guidance_scale", inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default)
-    return guided and scale > 1
+    return "" if scale > 1 else f"guidance_scale is {scale}, and guidance begins above 1"
 
 
 def _lists(template_inputs: Any) -> dict[str, Sequence[TemplateInput]]:

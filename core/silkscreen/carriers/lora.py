@@ -104,7 +104,8 @@ class LoRA:
         It is the layer that changes, not its hooks: compiled code notices a layer of another class, but no new hook.
 
         Raises:
-            PipelineError: the transformer's projections are fused, so that the layers to be updated do not run.
+            PipelineError: a layer to be updated does not run at each step: its projections are fused, or a step cache
+                keeps its results.
         """
         transformer = pipe.transformer
         updates = {side: _factors(fields[self.name]) for side, fields in sides.fields.items() if self.name in fields}
@@ -115,6 +116,12 @@ class LoRA:
                 raise PipelineError(
                     f"lora: {module} does not run while its projections are fused: "
                     "call pipe.transformer.unfuse_qkv_projections() first"
+                )
+            hooks = getattr(originals[module], "_diffusers_hook", None)
+            if hooks is not None and any(hook._is_stateful for hook in hooks.hooks.values()):
+                raise PipelineError(
+                    f"lora: {module} keeps its results for other steps, by a step cache: "
+                    "call pipe.transformer.disable_cache() first, or let the cache keep those of whole blocks"
                 )
         try:
             for module, original in originals.items():

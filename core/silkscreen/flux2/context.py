@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from diffusers import Flux2KleinPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
 from PIL import Image
 
 from silkscreen.bases import Base
@@ -126,7 +127,7 @@ class _Encoder:
         """Map pictures (B, 3, H, W) in [-1, 1] to patchified, normalised latents (B, 4 channels, H/16, W/16)."""
         vae = self._pipe.vae
         with torch.no_grad():
-            moments = vae.encode(image.to(vae.device, vae.dtype)).latent_dist.mode()
+            moments = vae.encode(image.to(get_module_execution_device(vae), vae.dtype)).latent_dist.mode()
             latents = Flux2KleinPipeline._patchify_latents(moments)
             mean = vae.bn.running_mean.view(1, -1, 1, 1).to(latents.device, latents.dtype)
             variance = vae.bn.running_var.view(1, -1, 1, 1).to(latents.device, latents.dtype)
