@@ -197,7 +197,7 @@ def test_negative_inputs_without_a_negative_side_are_refused_with_the_reason(
     build: dict[str, Any], guidance: float, reason: str, templates: TemplatePipeline
 ) -> None:
     call = CALL | {"guidance_scale": guidance}
-    with pytest.raises(PipelineError, match=f"runs no negative side in this call, because {reason}: leave them out"):
+    with pytest.raises(PipelineError, match=f"runs no negative side in this call, because {reason}: leave it out"):
         templates(build_pipeline(**build), prompt="red", negative_template_inputs=[{}], **call)
 
 
