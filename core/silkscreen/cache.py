@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from silkscreen.bases import Base
 from silkscreen.carriers import ALIASES, carriers
+from silkscreen.carriers.weights import Region
+from silkscreen.control import Control
 from silkscreen.errors import CacheError
 from silkscreen.files import replacing
 from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Sides
@@ -31,11 +33,14 @@ class TemplateCache:
         fields: for each carrier's name, its content.
         arguments: arguments for the pipeline's call, by name.
         source: the template or templates it comes from, for messages.
+        later: fields that take the place of these in the course of a run, each with the fraction of its steps from
+            which, rising.
     """
 
     fields: Mapping[str, Any]
     arguments: Mapping[str, Any]
     source: str
+    later: Sequence[tuple[float, Mapping[str, Any]]] = ()
 
     @classmethod
     def from_result(cls, result: Any, template: str) -> TemplateCache:
@@ -73,18 +78,54 @@ class TemplateCache:
         if problems:
             raise CacheError("; ".join(f"template {self.source!r}: {problem}" for problem in problems))
 
+    def at(self, fraction: float) -> Mapping[str, Any]:
+        """Return the fields that act when this fraction of a run's steps is done."""
+        return [self.fields, *(fields for start, fields in self.later if start <= fraction)][-1]
+
+    def controlled(self, control: Control) -> TemplateCache:
+        """Return the cache under a control. Pipeline arguments are not changed by it.
+
+        Raises:
+            CacheError: a carrier has no strength or region, or there are only pipeline arguments.
+        """
+        if control.is_default:
+            return self
+        if self.later or not self.fields:
+            has = "times already" if self.later else f"only pipeline arguments ({', '.join(self.arguments) or 'none'})"
+            raise CacheError(f"template {self.source!r} has {has}: leave strength, start, end and region out")
+        fields = dict(self.fields)
+        if control.strength != 1 or control.region is not None:
+            known = carriers()
+            region = None if control.region is None else Region(control.region)
+            fields = {}
+            for name, value in self.fields.items():
+                carrier: Any = known[name]
+                if not hasattr(carrier, "control"):
+                    raise CacheError(
+                        f"template {self.source!r}: its carrier {name!r} has no strength and no region: leave them out"
+                    )
+                fields[name] = carrier.control(value, control.strength, region)
+        later: list[tuple[float, Mapping[str, Any]]] = [(control.end, {})] if control.end < 1 else []
+        if control.start > 0:
+            fields, later = {}, [(control.start, fields), *later]
+        return dataclasses.replace(self, fields=fields, later=later)
+
     def save(self, path: Path | str, *, overwrite: bool = False) -> None:
         """Write the carriers to a safetensors file, whole or not at all.
 
         Raises:
             FileExistsError: the file exists, and `overwrite` is not given.
-            CacheError: it holds pipeline arguments, which have no tensors.
+            CacheError: it holds pipeline arguments, which have no tensors, or what belongs to a call.
         """
         path = Path(path)
         if self.arguments:
             raise CacheError(
                 f"the cache of {self.source!r} holds pipeline arguments ({', '.join(self.arguments)}), which cannot be "
                 "saved: save the caches of the other templates"
+            )
+        if self.later:
+            raise CacheError(
+                f"the cache of {self.source!r} has a start or an end, which belong to a call: save it without these"
             )
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists: choose another name, or pass overwrite=True")
@@ -134,9 +175,6 @@ def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> 
     Raises:
         CacheError: two give the same pipeline argument, and the policy is `error`.
     """
-    known = carriers()
-    names = dict.fromkeys(name for cache in caches for name in cache.fields)
-    fields = {name: known[name].merge([c.fields[name] for c in caches if name in c.fields]) for name in names}
     arguments: dict[str, Any] = {}
     givers: dict[str, str] = {}
     for cache in caches:
@@ -148,31 +186,60 @@ def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> 
                 )
             if name not in arguments or policy == "last":
                 arguments[name], givers[name] = value, cache.source
-    return TemplateCache(fields, arguments, ", ".join(cache.source for cache in caches))
+    source = ", ".join(cache.source for cache in caches)
+    return _joined(caches, arguments, source, _merge_fields)
 
 
 def stack(caches: Sequence[TemplateCache]) -> TemplateCache:
     """Make the caches of several pictures, one each, into one of a batch, carrier by carrier.
 
     Raises:
-        CacheError: the pictures differ in carriers, in their carriers' sizes, or in pipeline arguments.
+        CacheError: the pictures differ in pipeline arguments, or in what a carrier needs to be alike.
     """
-    known = carriers()
     first = caches[0]
     for picture, cache in enumerate(caches):
-        if cache.fields.keys() != first.fields.keys():
-            raise CacheError(
-                f"picture 0 has {', '.join(first.fields) or 'no template cache'} and picture {picture} has "
-                f"{', '.join(cache.fields) or 'none'}: draw them in calls of their own"
-            )
         for name in dict.fromkeys([*first.arguments, *cache.arguments]):
             if not _equal(first.arguments.get(name), cache.arguments.get(name)):
                 raise CacheError(
                     f"pictures 0 and {picture} differ in the pipeline argument {name!r}, which a call takes once: "
                     "draw them in calls of their own"
                 )
-    fields = {name: known[name].stack([cache.fields[name] for cache in caches]) for name in first.fields}
-    return TemplateCache(fields, first.arguments, ", ".join(dict.fromkeys(cache.source for cache in caches)))
+    source = ", ".join(dict.fromkeys(cache.source for cache in caches))
+    return _joined(caches, first.arguments, source, _stack_fields)
+
+
+def _joined(
+    caches: Sequence[TemplateCache],
+    arguments: Mapping[str, Any],
+    source: str,
+    join: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+) -> TemplateCache:
+    """Join the fields of caches, anew for each fraction of a run at which some change."""
+    changes = sorted({start for cache in caches for start, _ in cache.later})
+    later = [(start, join([cache.at(start) for cache in caches])) for start in changes]
+    return TemplateCache(join([cache.fields for cache in caches]), arguments, source, later)
+
+
+def _merge_fields(several: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    known = carriers()
+    names = dict.fromkeys(name for fields in several for name in fields)
+    return {name: known[name].merge([fields[name] for fields in several if name in fields]) for name in names}
+
+
+def _stack_fields(pictures: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    known = carriers()
+    stacked = {}
+    for name in dict.fromkeys(name for fields in pictures for name in fields):
+        having = [name in fields for fields in pictures]
+        if not all(having) and not hasattr(known[name], "nothing"):
+            raise CacheError(
+                f"picture {having.index(True)} has {name} and picture {having.index(False)} has none: "
+                "draw them in calls of their own"
+            )
+        stacked[name] = known[name].stack(
+            [fields.get(name, getattr(known[name], "nothing", None)) for fields in pictures]
+        )
+    return stacked
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -184,11 +251,13 @@ def _equal(one: Any, other: Any) -> bool:
 @contextmanager
 def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache) -> Iterator[None]:
     """Let the carriers of both sides act on a pipeline for as long as the context lasts."""
-    sides = Sides({POSITIVE: positive.fields, NEGATIVE: negative.fields})
+    sides = Sides(
+        {POSITIVE: positive.fields, NEGATIVE: negative.fields}, {POSITIVE: positive.later, NEGATIVE: negative.later}
+    )
     used = [carrier for name, carrier in carriers().items() if sides.has(name)]
     with ExitStack() as stack:
         if used:
-            stack.enter_context(sides.follow(pipe.transformer))
+            stack.enter_context(sides.follow(pipe))
         for carrier in used:
             stack.enter_context(carrier.inject(pipe, sides))
         yield

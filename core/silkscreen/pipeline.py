@@ -15,11 +15,12 @@ from torch import nn
 from silkscreen import registry
 from silkscreen.bases import Base
 from silkscreen.cache import ConflictPolicy, TemplateCache, inject, merge, stack
+from silkscreen.control import Control
 from silkscreen.errors import CacheError, InputError, PipelineError, SilkscreenError, UnknownNameError
 from silkscreen.flux2.attention import attention_modules
 from silkscreen.flux2.context import TemplateContext
 from silkscreen.flux2.loading import base_of
-from silkscreen.manifest import MISSING, check_values, unknown_name
+from silkscreen.manifest import CONTROLS, MISSING, check_values, unknown_name
 from silkscreen.template import Template, find_template
 
 TemplateInput = Mapping[str, Any]
@@ -85,6 +86,7 @@ class TemplatePipeline:
             template_inputs: the values for each template that takes part, with its `model_id`: its name, what it was
                 given as, or its index in `templates`. It may be left out when only one is loaded. A template may be
                 used more than once.
+                Beside a template's own inputs they take `strength`, `start`, `end` and `region`: see `Control`.
                 A list of lists gives each prompt its own, or each picture of the batch, in which all pictures of the
                 first prompt come first.
             negative_template_inputs: the same for the negative side of guidance, which runs bare when there are none.
@@ -150,8 +152,8 @@ class TemplatePipeline:
 
     def check_inputs(
         self, template_inputs: Sequence[TemplateInput], where: str = "template_inputs"
-    ) -> list[tuple[Template, dict[str, Any]]]:
-        """Return, for each template input, its template and its values, checked and completed.
+    ) -> list[tuple[Template, dict[str, Any], Control]]:
+        """Return, for each template input, its template, its values, checked and completed, and its control.
 
         Raises:
             UnknownNameError, InputError: a template or a value is unknown, missing, of another type or out of range;
@@ -163,8 +165,10 @@ class TemplatePipeline:
         for index, given in enumerate(template_inputs):
             values = dict(given)
             template = self.find(values.pop("model_id", None), f"{where}[{index}]")
+            controls = {name: values.pop(name) for name in CONTROLS if name in values}
             try:
-                requests.append((template, check_values(template.inputs, values)))
+                control = Control.from_values(controls)
+                requests.append((template, check_values(template.inputs, values), control))
             except SilkscreenError as error:
                 raise type(error)(f"{where}[{index}] for {template.name!r}: {error}") from None
         return requests
@@ -172,25 +176,35 @@ class TemplatePipeline:
     def default_negatives(self, template_inputs: Sequence[TemplateInput]) -> list[TemplateInput]:
         """Return the inputs that suit the negative side: the same, but with the negative values of the manifests.
 
+        Strength, start, end and region are the same too.
+
         A template whose manifest gives no negative value has no part in the negative side.
         """
         negatives: list[TemplateInput] = []
-        for template, values in self.check_inputs(template_inputs):
+        if isinstance(template_inputs, Mapping):
+            template_inputs = [template_inputs]
+        for given, (template, values, _) in zip(template_inputs, self.check_inputs(template_inputs), strict=True):
             changed = {name: spec.negative for name, spec in template.inputs.items() if spec.negative is not MISSING}
             if changed:
-                negatives.append({"model_id": template.name, **values, **changed})
+                controls = {name: given[name] for name in CONTROLS if name in given}
+                negatives.append({"model_id": template.name, **values, **changed, **controls})
         return negatives
 
     def _compose(
-        self, context: TemplateContext, requests: Sequence[tuple[Template, dict[str, Any]]], policy: ConflictPolicy
+        self,
+        context: TemplateContext,
+        requests: Sequence[tuple[Template, dict[str, Any], Control]],
+        policy: ConflictPolicy,
     ) -> TemplateCache:
         caches = []
-        for template, values in requests:
+        for template, values, control in requests:
+            if control.strength == 0:
+                continue
             model = self._model(template, context)
             processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
             cache = TemplateCache.from_result(model(pipe=context, **processed), template.name)
             cache.check(context.base)
-            caches.append(cache)
+            caches.append(cache.controlled(control))
         return merge(caches, policy)
 
     def find(self, model_id: str | int | None, where: str = "template_inputs") -> Template:
