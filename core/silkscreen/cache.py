@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from accelerate.utils import recursively_apply
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from silkscreen.bases import Base
 from silkscreen.carriers import ALIASES, carriers
-from silkscreen.content import nbytes
+from silkscreen.carriers.weights import Region
+from silkscreen.content import content, nbytes
+from silkscreen.control import Control
 from silkscreen.errors import CacheError
 from silkscreen.files import replacing, sha256
 from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Sides
@@ -64,6 +67,8 @@ class TemplateCache:
         source: the template or templates it comes from, for messages.
         base: id of the base it was made for; empty for any that it fits.
         parts: what it was composed of.
+        later: fields that take the place of these in the course of a run, each with the fraction of its steps from
+            which, rising.
     """
 
     fields: Mapping[str, Any]
@@ -71,6 +76,7 @@ class TemplateCache:
     source: str
     base: str = ""
     parts: tuple[Part, ...] = ()
+    later: Sequence[tuple[float, Mapping[str, Any]]] = ()
 
     @classmethod
     def from_result(cls, result: Any, template: str) -> TemplateCache:
@@ -109,18 +115,21 @@ class TemplateCache:
                 f"{base.id}: compose it anew with this pipeline"
             )
         known = carriers()
-        problems = [problem for name, value in self.fields.items() for problem in known[name].check(value, base)]
+        several = [self.fields, *(fields for _, fields in self.later)]
+        problems = [
+            problem for fields in several for name in fields for problem in known[name].check(fields[name], base)
+        ]
         if problems:
             raise CacheError("; ".join(f"template {self.source!r}: {problem}" for problem in problems))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TemplateCache:
         """Return the cache with its tensors on a device, in a dtype."""
-        known = carriers()
-        fields = {
-            name: known[name].unflatten({key: t.to(device, dtype) for key, t in known[name].flatten(value).items()})
-            for name, value in self.fields.items()
-        }
-        return dataclasses.replace(self, fields=fields)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, dtype)
+
+        fields, later = recursively_apply(move, (self.fields, self.later))
+        return dataclasses.replace(self, fields=fields, later=later)
 
     def inspect(self) -> str:
         """Return, as lines of text, what it was made of and for, and its carriers with their sizes."""
@@ -128,22 +137,60 @@ class TemplateCache:
         lines = [str(part) for part in self.parts] or [self.source]
         lines += [f"base {self.base}"] * bool(self.base)
         for name, value in self.fields.items():
-            lines.append(f"{name}: {known[name].describe(value)}, {nbytes(known[name].flatten(value)):,} bytes")
+            lines.append(f"{name}: {known[name].describe(value)}, {nbytes(value):,} bytes")
         lines += [f"argument {name}: {type(value).__name__}" for name, value in self.arguments.items()]
         return "\n".join(lines)
+
+    def at(self, fraction: float) -> Mapping[str, Any]:
+        """Return the fields that act when this fraction of a run's steps is done."""
+        return [self.fields, *(fields for start, fields in self.later if start <= fraction)][-1]
+
+    def controlled(self, control: Control) -> TemplateCache:
+        """Return the cache under a control. Pipeline arguments are not changed by it.
+
+        Raises:
+            CacheError: a carrier has no strength or region, or there are only pipeline arguments.
+        """
+        if control.is_default:
+            return self
+        if self.later or not self.fields:
+            has = "times already" if self.later else f"only pipeline arguments ({', '.join(self.arguments) or 'none'})"
+            raise CacheError(f"template {self.source!r} has {has}: leave strength, start, end and region out")
+        fields = dict(self.fields)
+        if control.strength != 1 or control.region is not None:
+            known = carriers()
+            region = None if control.region is None else Region(control.region)
+            fields = {}
+            for name, value in self.fields.items():
+                carrier: Any = known[name]
+                if not hasattr(carrier, "control"):
+                    raise CacheError(
+                        f"template {self.source!r}: its carrier {name!r} has no strength and no region: leave them out"
+                    )
+                fields[name] = carrier.control(value, control.strength, region)
+        later: list[tuple[float, Mapping[str, Any]]] = [(control.end, {})] if control.end < 1 else []
+        if control.start > 0:
+            fields, later = {}, [(control.start, fields), *later]
+        told = {name: content(value) for name, value in vars(control).items() if value != getattr(Control, name)}
+        parts = [dataclasses.replace(part, inputs=part.inputs and {**part.inputs, **told}) for part in self.parts]
+        return dataclasses.replace(self, fields=fields, later=later, parts=tuple(parts))
 
     def save(self, path: Path | str, *, overwrite: bool = False) -> None:
         """Write the carriers, and what they were made of and for, to a safetensors file, whole or not at all.
 
         Raises:
             FileExistsError: the file exists, and `overwrite` is not given.
-            CacheError: it holds pipeline arguments, which have no tensors.
+            CacheError: it holds pipeline arguments, which have no tensors, or what belongs to a call.
         """
         path = Path(path)
         if self.arguments:
             raise CacheError(
                 f"the cache of {self.source!r} holds pipeline arguments ({', '.join(self.arguments)}), which cannot be "
                 "saved: save the caches of the other templates"
+            )
+        if self.later:
+            raise CacheError(
+                f"the cache of {self.source!r} has a start or an end, which belong to a call: save it without these"
             )
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists: choose another name, or pass overwrite=True")
@@ -209,9 +256,6 @@ def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> 
     Raises:
         CacheError: two give the same pipeline argument, and the policy is `error`; or they are for different bases.
     """
-    known = carriers()
-    names = dict.fromkeys(name for cache in caches for name in cache.fields)
-    fields = {name: known[name].merge([c.fields[name] for c in caches if name in c.fields]) for name in names}
     arguments: dict[str, Any] = {}
     givers: dict[str, str] = {}
     for cache in caches:
@@ -223,43 +267,63 @@ def merge(caches: Sequence[TemplateCache], policy: ConflictPolicy = "error") -> 
                 )
             if name not in arguments or policy == "last":
                 arguments[name], givers[name] = value, cache.source
-    return TemplateCache(
-        fields,
-        arguments,
-        source=", ".join(cache.source for cache in caches),
-        base=_common_base(caches),
-        parts=tuple(part for cache in caches for part in cache.parts),
-    )
+    source = ", ".join(cache.source for cache in caches)
+    return _joined(caches, arguments, source, [part for cache in caches for part in cache.parts], _merge_fields)
 
 
 def stack(caches: Sequence[TemplateCache]) -> TemplateCache:
     """Make the caches of several pictures, one each, into one of a batch, carrier by carrier.
 
     Raises:
-        CacheError: the pictures differ in carriers, in their carriers' sizes, or in pipeline arguments.
+        CacheError: the pictures differ in pipeline arguments, or in what a carrier needs to be alike.
     """
-    known = carriers()
     first = caches[0]
     for picture, cache in enumerate(caches):
-        if cache.fields.keys() != first.fields.keys():
-            raise CacheError(
-                f"picture 0 has {', '.join(first.fields) or 'no template cache'} and picture {picture} has "
-                f"{', '.join(cache.fields) or 'none'}: draw them in calls of their own"
-            )
         for name in dict.fromkeys([*first.arguments, *cache.arguments]):
             if not _equal(first.arguments.get(name), cache.arguments.get(name)):
                 raise CacheError(
                     f"pictures 0 and {picture} differ in the pipeline argument {name!r}, which a call takes once: "
                     "draw them in calls of their own"
                 )
-    fields = {name: known[name].stack([cache.fields[name] for cache in caches]) for name in first.fields}
-    return TemplateCache(
-        fields,
-        first.arguments,
-        source=", ".join(dict.fromkeys(cache.source for cache in caches)),
-        base=_common_base(caches),
-        parts=tuple(dataclasses.replace(part, picture=n) for n, cache in enumerate(caches) for part in cache.parts),
-    )
+    source = ", ".join(dict.fromkeys(cache.source for cache in caches))
+    parts = [dataclasses.replace(part, picture=n) for n, cache in enumerate(caches) for part in cache.parts]
+    return _joined(caches, first.arguments, source, parts, _stack_fields)
+
+
+def _joined(
+    caches: Sequence[TemplateCache],
+    arguments: Mapping[str, Any],
+    source: str,
+    parts: Sequence[Part],
+    join: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+) -> TemplateCache:
+    """Join the fields of caches, anew for each fraction of a run at which some change."""
+    changes = sorted({start for cache in caches for start, _ in cache.later})
+    later = [(start, join([cache.at(start) for cache in caches])) for start in changes]
+    fields = join([cache.fields for cache in caches])
+    return TemplateCache(fields, arguments, source, _common_base(caches), tuple(parts), later)
+
+
+def _merge_fields(several: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    known = carriers()
+    names = dict.fromkeys(name for fields in several for name in fields)
+    return {name: known[name].merge([fields[name] for fields in several if name in fields]) for name in names}
+
+
+def _stack_fields(pictures: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    known = carriers()
+    stacked = {}
+    for name in dict.fromkeys(name for fields in pictures for name in fields):
+        having = [name in fields for fields in pictures]
+        if not all(having) and not hasattr(known[name], "nothing"):
+            raise CacheError(
+                f"picture {having.index(True)} has {name} and picture {having.index(False)} has none: "
+                "draw them in calls of their own"
+            )
+        stacked[name] = known[name].stack(
+            [fields.get(name, getattr(known[name], "nothing", None)) for fields in pictures]
+        )
+    return stacked
 
 
 def _common_base(caches: Sequence[TemplateCache]) -> str:
@@ -285,11 +349,13 @@ def _equal(one: Any, other: Any) -> bool:
 @contextmanager
 def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache) -> Iterator[None]:
     """Let the carriers of both sides act on a pipeline for as long as the context lasts."""
-    sides = Sides({POSITIVE: positive.fields, NEGATIVE: negative.fields})
+    sides = Sides(
+        {POSITIVE: positive.fields, NEGATIVE: negative.fields}, {POSITIVE: positive.later, NEGATIVE: negative.later}
+    )
     used = [carrier for name, carrier in carriers().items() if sides.has(name)]
     with ExitStack() as stack:
         if used:
-            stack.enter_context(sides.follow(pipe.transformer))
+            stack.enter_context(sides.follow(pipe))
         for carrier in used:
             stack.enter_context(carrier.inject(pipe, sides))
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -16,9 +17,6 @@ from silkscreen.files import sha256
 
 INPUT_TYPES = ("number", "integer", "boolean", "text", "choice", "image", "mask", "any")
 """Types of template inputs. `any` is for inputs read from a signature, which does not tell; no manifest may use it."""
-
-RESERVED_NAMES = ("model_id", "pipe", "strength", "start", "end", "region")
-"""Names that a caller gives a meaning for every template; no input may use them."""
 
 
 class _Missing(enum.Enum):
@@ -177,7 +175,7 @@ class Input:
         number = float(value)
         low = self.minimum is not None and number < self.minimum
         high = self.maximum is not None and number > self.maximum
-        if low or high or number != number:
+        if low or high or not math.isfinite(number):
             raise InputError(f"{self.name}={value!r} is out of range: it goes from {self.range}")
         if self.type == "number":
             return number
@@ -189,6 +187,21 @@ class Input:
         kind = {"image": "a picture (PIL.Image)", "mask": "a mask picture (PIL.Image)", "any": "a value"}
         wanted = kind.get(self.type, f"a value of type {self.type}")
         return InputError(f"{self.name}={value!r}: expected {wanted}, got {type(value).__name__}")
+
+
+CONTROLS = {
+    spec.name: spec
+    for spec in (
+        Input("strength", "number", minimum=0.0, default=1.0, help="how strongly it acts: 0 off, 1 as trained"),
+        Input("start", "number", minimum=0.0, maximum=1.0, default=0.0, help="the fraction of the steps it acts from"),
+        Input("end", "number", minimum=0.0, maximum=1.0, default=1.0, help="the fraction of the steps it acts until"),
+        Input("region", "mask", default=None, help="where it acts, white on black; everywhere without it"),
+    )
+}
+"""What template inputs take beside the template's own inputs; see `silkscreen.control`."""
+
+RESERVED_NAMES = ("model_id", "pipe", *CONTROLS)
+"""Names that mean the same for every template; no input may use them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,8 +295,10 @@ def _read_input(name: str, table: Any, problems: list[str]) -> Input:
         return Input(name, "text")
     known = {field.name for field in dataclasses.fields(Input)} - {"name"}
     problems += [f"{where} unknown key {key!r}: known are {', '.join(sorted(known))}" for key in table.keys() - known]
-    if name in RESERVED_NAMES or not name.isidentifier():
-        problems.append(f"{where} may not have this name: it is reserved or no identifier")
+    if name in RESERVED_NAMES:
+        problems.append(f"{where} may not have this name, which means the same for every template: rename the input")
+    elif not name.isidentifier():
+        problems.append(f"{where} may not have this name: it is no identifier")
     if table.get("type") not in INPUT_TYPES[:-1]:
         problems.append(f"{where} type is {table.get('type')!r}: it has to be one of {', '.join(INPUT_TYPES[:-1])}")
         return Input(name, "text")

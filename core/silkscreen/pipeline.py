@@ -18,6 +18,7 @@ from silkscreen import registry
 from silkscreen.bases import Base
 from silkscreen.cache import ConflictPolicy, Part, TemplateCache, inject, merge, stack
 from silkscreen.content import content, nbytes, random_state
+from silkscreen.control import Control
 from silkscreen.errors import CacheError, InputError, PipelineError, SilkscreenError, UnknownNameError
 from silkscreen.files import state
 from silkscreen.flux2.attention import attention_modules
@@ -25,7 +26,7 @@ from silkscreen.flux2.context import TemplateContext, keep_prompts
 from silkscreen.flux2.loading import base_of
 from silkscreen.flux2.turns import in_turn
 from silkscreen.lru import LRU
-from silkscreen.manifest import MISSING, check_values, unknown_name
+from silkscreen.manifest import CONTROLS, MISSING, check_values, unknown_name
 from silkscreen.template import Template, find_template
 
 TemplateInput = Mapping[str, Any]
@@ -115,6 +116,7 @@ class TemplatePipeline:
             template_inputs: the values for each template that takes part, with its `model_id`: its name, what it was
                 given as, or its index in `templates`. It may be left out when only one is loaded. A template may be
                 used more than once.
+                Beside a template's own inputs they take `strength`, `start`, `end` and `region`: see `Control`.
                 A list of lists gives each prompt its own, or each picture of the batch, in which all pictures of the
                 first prompt come first.
             negative_template_inputs: the same for the negative side of guidance, which runs bare when there are none.
@@ -195,8 +197,8 @@ class TemplatePipeline:
 
     def check_inputs(
         self, template_inputs: Sequence[TemplateInput], where: str = "template_inputs"
-    ) -> list[tuple[Template, dict[str, Any]]]:
-        """Return, for each template input, its template and its values, checked and completed.
+    ) -> list[tuple[Template, dict[str, Any], Control]]:
+        """Return, for each template input, its template, its values, checked and completed, and its control.
 
         Raises:
             UnknownNameError, InputError: a template or a value is unknown, missing, of another type or out of range;
@@ -208,8 +210,10 @@ class TemplatePipeline:
         for index, given in enumerate(template_inputs):
             values = dict(given)
             template = self.find(values.pop("model_id", None), f"{where}[{index}]")
+            controls = {name: values.pop(name) for name in CONTROLS if name in values}
             try:
-                requests.append((template, check_values(template.inputs, values)))
+                control = Control.from_values(controls)
+                requests.append((template, check_values(template.inputs, values), control))
             except SilkscreenError as error:
                 raise type(error)(f"{where}[{index}] for {template.name!r}: {error}") from None
         return requests
@@ -217,19 +221,32 @@ class TemplatePipeline:
     def default_negatives(self, template_inputs: Sequence[TemplateInput]) -> list[TemplateInput]:
         """Return the inputs that suit the negative side: the same, but with the negative values of the manifests.
 
+        Strength, start, end and region are the same too.
+
         A template whose manifest gives no negative value has no part in the negative side.
         """
         negatives: list[TemplateInput] = []
-        for template, values in self.check_inputs(template_inputs):
+        if isinstance(template_inputs, Mapping):
+            template_inputs = [template_inputs]
+        for given, (template, values, _) in zip(template_inputs, self.check_inputs(template_inputs), strict=True):
             changed = {name: spec.negative for name, spec in template.inputs.items() if spec.negative is not MISSING}
             if changed:
-                negatives.append({"model_id": template.name, **values, **changed})
+                controls = {name: given[name] for name in CONTROLS if name in given}
+                negatives.append({"model_id": template.name, **values, **changed, **controls})
         return negatives
 
     def _compose(
-        self, context: TemplateContext, requests: Sequence[tuple[Template, dict[str, Any]]], policy: ConflictPolicy
+        self,
+        context: TemplateContext,
+        requests: Sequence[tuple[Template, dict[str, Any], Control]],
+        policy: ConflictPolicy,
     ) -> TemplateCache:
-        return merge([self._result(context, template, values) for template, values in requests], policy)
+        results = [
+            self._result(context, template, values).controlled(control)
+            for template, values, control in requests
+            if control.strength != 0
+        ]
+        return merge(results, policy)
 
     def _result(self, context: TemplateContext, template: Template, values: Mapping[str, Any]) -> TemplateCache:
         """Return what a template makes of its values: kept from before, or made now."""

@@ -17,9 +17,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from silkscreen import __version__, registry
+from silkscreen.control import Control
 from silkscreen.errors import InputError, RecipeError, SilkscreenError
 from silkscreen.files import replacing, sha256
-from silkscreen.manifest import Input, PictureFile, check_values
+from silkscreen.manifest import CONTROLS, Input, PictureFile, check_values
 
 if TYPE_CHECKING:
     from silkscreen.pipeline import TemplatePipeline
@@ -298,17 +299,20 @@ def _read_inputs(given: Any, folder: Path, where: str) -> list[dict[str, Any]]:
 
 
 def _read_values(values: dict[str, Any], inputs: Mapping[str, Input] | None, folder: Path) -> dict[str, Any]:
-    if inputs is None:  # only the template's code can tell
-        return values
     name = values.pop("model_id")
+    known = {**(inputs or {}), **CONTROLS}
     pictures = {
         key: [_picture(key, each, folder) for each in value]
         if isinstance(value, list)
         else _picture(key, value, folder)
         for key, value in values.items()
-        if key in inputs and inputs[key].type in ("image", "mask")
+        if key in known and known[key].type in ("image", "mask")
     }
-    return {"model_id": name, **check_values(inputs, {**values, **pictures}), **pictures}
+    values |= pictures
+    controls = {key: values.pop(key) for key in CONTROLS if key in values}
+    control = Control.from_values(controls)
+    checked = values if inputs is None else check_values(inputs, values)  # else only the template's code can tell
+    return {"model_id": name, **checked, **{key: getattr(control, key) for key in controls}, **pictures}
 
 
 def _picture(key: str, value: Any, folder: Path) -> Any:

@@ -24,7 +24,7 @@ from silkscreen import registry, weights
 from silkscreen.bases import known_bases
 from silkscreen.errors import ContractError, SilkscreenError, UntrustedCodeError, WeightsError
 from silkscreen.files import sha256
-from silkscreen.manifest import Input, Manifest, read_manifest
+from silkscreen.manifest import CONTROLS, Input, Manifest, read_manifest
 from silkscreen.weights import TensorFile
 
 _NOT_INPUTS = ("self", "pipe")
@@ -218,7 +218,15 @@ def contract_violations(module: ModuleType, manifest: Manifest | None = None) ->
             problems.append(f"{where}: {model.__name__}.{method} has to take **kwargs")
         if "model_id" in parameters:
             problems.append(f"{where}: {model.__name__}.{method} may not have a parameter model_id, it is the caller's")
-    if manifest is not None and manifest.inputs is not None and hasattr(model, "process_inputs"):
+    if not hasattr(model, "process_inputs"):
+        pass
+    elif manifest is None or manifest.inputs is None:
+        problems += [
+            f"{where}: process_inputs may not have a parameter {name}, which means the same for every template: rename "
+            "it, or list the inputs in a template.toml"
+            for name in inputs_from_signature(model).keys() & CONTROLS.keys()
+        ]
+    else:
         taken = inputs_from_signature(model)
         problems += [
             f"{where}: the manifest's input {name!r} is no parameter of process_inputs"

@@ -17,7 +17,13 @@ ALIASES = {"text_embedding": "extra_text_embedding"}
 
 
 class Carrier(Protocol):
-    """One kind of content of a template cache: how it is checked, merged, stacked, saved and injected."""
+    """One kind of content of a template cache: how it is checked, merged, stacked, saved and injected.
+
+    It may also have a method `control(value, strength, region)`, which returns the value at a strength, and in a
+    `silkscreen.carriers.weights.Region` if there is one; without it, another strength than 1 and a region are refused.
+    And it may have an attribute `nothing`, a value without effect; without it, all pictures of a call need the carrier
+    if one has it.
+    """
 
     @property
     def name(self) -> str:

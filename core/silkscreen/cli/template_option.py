@@ -9,7 +9,7 @@ import click
 
 from silkscreen import registry
 from silkscreen.errors import InputError, SilkscreenError, UnknownNameError
-from silkscreen.manifest import Input, unknown_name
+from silkscreen.manifest import CONTROLS, Input, unknown_name
 
 _OPTIONS = ("-t", "--template", "--negative")
 _VALUE = re.compile(r"[^\W\d]\w*=", re.UNICODE)
@@ -21,7 +21,7 @@ template_option = click.option(
     "templates",
     multiple=True,
     metavar="NAME [INPUT=VALUE]...",
-    help="A template and its inputs; may be repeated.",
+    help="A template and its inputs, and its strength, start, end and region; may be repeated.",
 )
 negative_option = click.option(
     "--negative",
@@ -69,14 +69,15 @@ def split_template(option: str) -> tuple[str, dict[str, tuple[Input, str]]]:
     name, *words = option.split(_JOIN)
     manifest = registry.manifest(name)
     inputs = manifest.inputs if manifest else None
+    known = {**(inputs or {}), **CONTROLS}
     values: dict[str, tuple[Input, str]] = {}
     for word in words:
         key, _, text = word.partition("=")
-        if inputs is not None and key not in inputs:
+        if inputs is not None and key not in known:
             raise UnknownNameError(f"-t {name}: {unknown_name('input', key, inputs)}")
         if key in values:
             raise InputError(f"-t {name}: {key} is given twice")
-        values[key] = (inputs[key] if inputs is not None else Input(key, "any"), text)
+        values[key] = (known.get(key, Input(key, "any")), text)
     return name, values
 
 

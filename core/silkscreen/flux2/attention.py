@@ -2,12 +2,14 @@
 
 Shapes: B batch, N tokens, T template tokens, H heads, D head size. Template keys and values are (B or 1, T, H, D); they
 come last, after the query-key norm and RoPE, and only keys and values grow: no query sees a token added to its side.
+A token of weight w has log w added to its logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,38 +21,43 @@ from diffusers.models.transformers.transformer_flux2 import (
     _get_qkv_projections,
 )
 
-from silkscreen.carriers.kv_cache import KV
+from silkscreen.carriers.kv_cache import KV, weights_of
+from silkscreen.carriers.weights import Placed, Weights
 from silkscreen.errors import PipelineError
 from silkscreen.flux2.sides import Sides
 
 
 class _TemplateProcessor:
-    """Runs the block's own processor, or, where the running side has keys and values for the block, adds them.
+    """Runs the block's own processor, or, when there are keys and values for the pass, adds them.
 
-    It holds its own block's alone, by side, and not the block's name: compiled code would be made anew for each name.
+    It holds what is for this pass alone, and no name: compiled code would be made anew for each side, step and block.
+
+    Attributes:
+        kv: the template's keys and values for this pass.
+        weights: logarithms of their weights; None when all weights are 1.
     """
 
-    def __init__(self, original: Any, kv: Mapping[str, KV], sides: Sides) -> None:
+    def __init__(self, original: Any) -> None:
         self.original = original
-        self.kv = kv
-        self.sides = sides
-
-    def template_kv(self) -> KV | None:
-        """The running side's keys and values for this block."""
-        return self.kv.get(self.sides.running)
+        self.kv: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.weights: Placed | None = None
 
     def attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv: KV,
+        kv: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attention of (B, N, H, D) over the block's own tokens and the template's, flattened to (B, N, H*D)."""
         extra_key, extra_value = (
             extra.to(query.device, query.dtype).expand(query.shape[0], -1, -1, -1) for extra in kv
         )
+        if self.weights is not None:
+            bias = self.weights.over(query.shape[1]).to(query.device, query.dtype)
+            bias = torch.nn.functional.pad(bias, (key.shape[1], 0)).unsqueeze(1)
+            attention_mask = bias if attention_mask is None else bias + attention_mask
         hidden: torch.Tensor = dispatch_attention_fn(
             query,
             torch.cat([key, extra_key], dim=1),
@@ -74,7 +81,7 @@ class DoubleBlockProcessor(_TemplateProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Any:
         """Return what the block's own processor returns: picture and text tokens."""
-        kv = self.template_kv()
+        kv = self.kv
         if kv is None:
             return self.original(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         projections = _get_qkv_projections(attn, hidden_states, encoder_hidden_states)
@@ -103,7 +110,7 @@ class SingleBlockProcessor(_TemplateProcessor):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Any:
         """Return what the block's own processor returns: tokens."""
-        kv = self.template_kv()
+        kv = self.kv
         if kv is None:
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
         projected = attn.to_qkv_mlp_proj(hidden_states)
@@ -152,16 +159,33 @@ def attention_modules(transformer: Any) -> dict[str, Any]:
 @contextmanager
 def inject_kv(transformer: Any, sides: Sides) -> Iterator[None]:
     """Put template processors into a transformer, and the very ones that were there back in the end."""
-    modules = attention_modules(transformer)
+    used: dict[str, list[KV]] = {}
+    for value in sides.values("kv_cache"):
+        for block, kv in value.items():
+            used.setdefault(block, []).append(kv)
+    modules = {block: attention for block, attention in attention_modules(transformer).items() if block in used}
     originals = {block: attention.processor for block, attention in modules.items()}
-    caches = {side: fields["kv_cache"] for side, fields in sides.fields.items() if "kv_cache" in fields}
+    processors = {block: _PROCESSORS[type(original)](original) for block, original in originals.items()}
+
+    @cache
+    def logarithms(weights: Weights, ids: torch.Tensor | None, device: torch.device, dtype: torch.dtype) -> Placed:
+        return weights.at(ids).map(lambda tensor: tensor.log().to(device, dtype))
+
+    def select() -> None:
+        current: Mapping[str, KV] = sides.current("kv_cache") or {}
+        for block, processor in processors.items():
+            kv = current.get(block)
+            processor.kv = kv and kv[:2]
+            processor.weights = None
+            if kv and len(kv) == 3:
+                processor.weights = logarithms(kv[2], sides.picture_ids, kv[0].device, kv[0].dtype)
+
     try:
         for block, attention in modules.items():
-            kv = {side: cache[block] for side, cache in caches.items() if block in cache}
-            if kv:
-                original = originals[block]
-                attention.set_processor(_PROCESSORS[type(original)](original, kv, sides))
-        yield
+            attention.set_processor(processors[block])
+        regional = any(weights_of(kv).regional for some in used.values() for kv in some)
+        with sides.watch(select, with_ids=regional):
+            yield
     finally:
         for block, attention in modules.items():
             attention.set_processor(originals[block])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+import torch
+
+from silkscreen.errors import PipelineError
 
 POSITIVE = "cond"
 NEGATIVE = "uncond"
@@ -16,32 +20,58 @@ class Sides:
     """What each side of a call has: for each side, its fields by carrier name.
 
     Attributes:
-        fields: `POSITIVE` and `NEGATIVE` to the side's fields.
+        fields: `POSITIVE` and `NEGATIVE` to the side's fields at the first step.
+        later: for a side, the fields that take the place of these, each with the fraction of the steps from which.
         running: the side whose pass through the transformer is under way.
+        picture_ids: ids (N, 4) of the transformer's picture sequence, during a pass that a carrier watches with them.
     """
 
     fields: Mapping[str, Mapping[str, Any]]
+    later: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]] = dataclasses.field(default_factory=dict)
     running: str = POSITIVE
+    picture_ids: torch.Tensor | None = None
+    _pipe: Any = None
+    _watchers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
 
     def current(self, carrier: str) -> Any:
-        """Return the running side's value of a carrier, or None."""
-        return self.fields.get(self.running, {}).get(carrier)
+        """Return what the running side has of a carrier at this step, or None."""
+        fields = self.fields.get(self.running, {})
+        for start, changed in self.later.get(self.running, ()):
+            if start <= self._fraction():
+                fields = changed
+        return fields.get(carrier)
+
+    def values(self, carrier: str) -> list[Any]:
+        """Return everything that a side has of a carrier at any step."""
+        later = [fields for changes in self.later.values() for _, fields in changes]
+        return [fields[carrier] for fields in [*self.fields.values(), *later] if carrier in fields]
 
     def has(self, carrier: str) -> bool:
         """Whether any side has content of a carrier."""
-        return any(carrier in fields for fields in self.fields.values())
+        return bool(self.values(carrier))
 
     @contextmanager
-    def follow(self, transformer: Any) -> Iterator[None]:
+    def follow(self, pipe: Any) -> Iterator[None]:
         """Keep `running` up to date while a pipeline calls its transformer.
 
         diffusers' pipelines wrap each pass in `transformer.cache_context("cond")` or `("uncond")`.
+
+        Raises:
+            PipelineError: the fields change between steps, and the scheduler does not tell its step.
         """
+        self._pipe, transformer = pipe, pipe.transformer
+        if self._changes and not hasattr(pipe.scheduler, "step_index"):
+            raise PipelineError(
+                f"{type(pipe.scheduler).__name__} does not tell its step, which start and end of a template need: "
+                "leave them out, or use FlowMatchEulerDiscreteScheduler"
+            )
         original, own = transformer.cache_context, vars(transformer).get("cache_context")
 
         @contextmanager
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
             before, self.running = self.running, name
+            for change in self._watchers:
+                change()
             inner: AbstractContextManager[None] = original(name, **kwargs)
             try:
                 with inner:
@@ -57,3 +87,46 @@ class Sides:
                 del transformer.cache_context
             else:
                 transformer.cache_context = own
+
+    @contextmanager
+    def watch(self, change: Callable[[], None], *, with_ids: bool = False) -> Iterator[None]:
+        """Call a function before each pass, and now if nothing changes between steps, for as long as the context lasts.
+
+        Args:
+            change: puts in place what is `current`, where it can be found without looking it up.
+            with_ids: keep `picture_ids` up to date.
+        """
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def before_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if with_ids:
+                ids = kwargs["img_ids"].reshape(-1, *kwargs["img_ids"].shape[-2:])[0]
+                if self.picture_ids is None or not torch.equal(self.picture_ids, ids):
+                    self.picture_ids = ids
+            change()
+
+        self._watchers.append(change)
+        hook = None
+        if with_ids or self._changes:  # not every pipeline has cache contexts
+            hook = self._pipe.transformer.register_forward_pre_hook(before_pass, with_kwargs=True)
+        else:
+            change()
+        try:
+            yield
+        finally:
+            self._watchers.remove(change)
+            if hook is not None:
+                hook.remove()
+
+    @property
+    def _changes(self) -> bool:
+        return any(self.later.values())
+
+    def _fraction(self) -> float:
+        """Return the steps done as a fraction of the run's, which may begin late in those of the scheduler."""
+        step = self._pipe.scheduler.step_index
+        if step is None:
+            return 0.0
+        run: int = self._pipe.num_timesteps
+        done: int = step - len(self._pipe.scheduler.timesteps) + run
+        return done / run
