@@ -81,12 +81,19 @@ def test_stacking_gives_each_picture_its_own_keys_and_values(small_kv: MakeKV) -
             assert torch.equal(stacked[block][part], torch.cat([one[block][part], two[block][part], one[block][part]]))
 
 
-def test_pictures_of_different_tokens_are_named(small_kv: MakeKV) -> None:
-    one, two = small_kv("double_0"), small_kv("double_0", "single_0")
-    with pytest.raises(CacheError, match="picture 0 has 0 template tokens and picture 2 has 3"):
-        stack([cache(one), cache(one), cache(two)])
+def test_pictures_of_fewer_tokens_are_filled_up_with_tokens_of_no_weight(small_kv: MakeKV) -> None:
+    one, two = small_kv("double_0"), small_kv("double_0", "single_0", tokens=5)
+    stacked = stack([cache(one), cache(two)]).fields["kv_cache"]
+    for block, own in (("double_0", 3), ("single_0", 0)):
+        key, _, weights = stacked[block]
+        assert key.shape == (2, 5, 2, 16)
+        assert weights.at(None).elsewhere[:, 0].tolist() == [[1.0] * own + [0.0] * (5 - own), [1.0] * 5]
+        assert torch.equal(key[1:], two[block][0])
+
+
+def test_a_picture_of_a_batch_of_its_own_is_named(small_kv: MakeKV) -> None:
     with pytest.raises(CacheError, match="picture 1 has a batch of 2"):
-        stack([cache(one), cache(small_kv("double_0", batch=2))])
+        stack([cache(small_kv("double_0")), cache(small_kv("double_0", batch=2))])
 
 
 def test_a_pipeline_argument_given_twice_is_a_conflict_unless_a_policy_chooses() -> None:

@@ -184,12 +184,6 @@ def test_default_negatives_are_each_pictures_own(small_pipe: Any, constant_folde
 
 
 def test_pictures_that_cannot_share_a_batch_are_named(small_pipe: Any, constant_folder: Path) -> None:
-    templates = TemplatePipeline(constant_folder, trust_code=True)
-    message = r"kv_cache\['single_1'\]: picture 0 has 2 template tokens and picture 2 has 4"
-    with pytest.raises(CacheError, match=message):
-        templates.compose(small_pipe, [[{}], [{}], [{}, {"model_id": 0}]])
-    with pytest.raises(CacheError, match="picture 0 has kv_cache and picture 1 has none"):
-        templates.compose(small_pipe, [[{}], []])
     model = (constant_folder / "model.py").read_text()
     changed = model.replace('return {"kv_cache"', 'return {"height": 32 * int(scale), "kv_cache"')
     (constant_folder / "model.py").write_text(changed)
