@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from silkscreen import TemplatePipeline, load_base
+from silkscreen.cli import command_line
 from silkscreen.sheet import contact_sheet
 from silkscreen_tiny.scenes import Scene
 
@@ -69,6 +70,32 @@ def main() -> None:
     strip([("no template", draw()), ("outline drawing", outline), ("structure", draw(structure))]).save(
         ROOT / "plugins/structure/structure.png"
     )
+    left = Image.new("L", (128, 128))
+    left.paste(255, (0, 0, 64, 128))
+    right = ImageOps.invert(left)
+    left.save(ROOT / "core/docs/left.png")
+    right.save(ROOT / "core/docs/right.png")
+    bright = {"model_id": "brightness", "scale": 0.9}
+    strip(
+        [
+            ("strength=0", draw({**bright, "strength": 0})),
+            ("strength=0.1", draw({**bright, "strength": 0.1})),
+            ("strength=1", draw(bright)),
+            ("end=0.25", draw({**bright, "end": 0.25})),
+            ("start=0.25", draw({**bright, "start": 0.25})),
+            ("left.png", left.convert("RGB")),
+            (
+                "0.9 left, 0.1 right, strength=8",
+                draw(
+                    {**bright, "region": left, "strength": 8},
+                    {**bright, "scale": 0.1, "region": right, "strength": 8},
+                ),
+            ),
+        ]
+    ).save(ROOT / "core/docs/control.png")
+    sweep = ["sweep", "a large red circle on a blue background", "-t", "brightness", "scale=0.1:0.9:5"]
+    sweep += ["-t", "structure", f"image={ROOT / 'core/docs/outline.png'}", "strength=0,0.5,1"]
+    command_line()([*sweep, "-o", str(ROOT / "core/docs/sweep.png"), "--overwrite"], standalone_mode=False)
 
 
 if __name__ == "__main__":
