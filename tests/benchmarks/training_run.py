@@ -7,21 +7,17 @@ The first of two epochs is for warming up: a step's time is the median of the se
 
 from __future__ import annotations
 
-import functools
-import importlib.machinery
-import inspect
 import itertools
 import json
 import re
 import sys
 import time
-import types
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from peer import replace_torchvision, their_pipeline
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 PRODUCTS = ("mm", "bmm", "convolution", "_scaled_dot_product")
@@ -75,7 +71,8 @@ def train_theirs(plan: dict[str, Any]) -> None:
     class OneStage(DiffusionTrainingModule):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.pipe = self.load_training_template_model(their_pipeline(plan), f"{plan['folder']}/template")
+            pipe = their_pipeline(Path(plan["components"]), plan["text"])
+            self.pipe = self.load_training_template_model(pipe, f"{plan['folder']}/template")
             self.switch_pipe_to_training_mode(self.pipe, "template_model")
 
         def forward(self, row: dict[str, Any]) -> torch.Tensor:
@@ -97,53 +94,6 @@ def train_theirs(plan: dict[str, Any]) -> None:
     logger = ModelLogger(f"{plan['folder']}/{plan['output']}", "pipe.template_model.", enable_csv_log=True)
     accelerator = Accelerator(cpu=True)
     launch_training_task(accelerator, rows, OneStage(), logger, learning_rate=1e-4, num_workers=0, num_epochs=2)
-
-
-def their_pipeline(plan: dict[str, Any]) -> Any:
-    """Build their pipeline of their classes, with the base's weights."""
-    from diffsynth.models.flux2_dit import Flux2DiT
-    from diffsynth.models.flux2_vae import Flux2VAE
-    from diffsynth.pipelines.flux2_image import Flux2ImagePipeline
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer, Qwen3Model
-
-    folder = Path(plan["components"])
-
-    def load(kind: Any, name: str) -> Any:
-        config = json.loads((folder / name / "config.json").read_text())
-        config["num_groups"] = config.get("norm_num_groups")
-        known = inspect.signature(kind).parameters
-        model = kind(**{key: value for key, value in config.items() if key in known})
-        model.load_state_dict(load_file(folder / name / "diffusion_pytorch_model.safetensors"))
-        return model
-
-    pipe = Flux2ImagePipeline(device="cpu", torch_dtype=torch.float32)
-    pipe.dit = load(Flux2DiT, "transformer")
-    pipe.vae = load(Flux2VAE, "vae")
-    pipe.text_encoder_qwen3 = Qwen3Model.from_pretrained(folder / "text_encoder", dtype=torch.float32)
-    pipe.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    embedder = next(unit for unit in pipe.units if type(unit).__name__ == "Flux2Unit_Qwen3PromptEmbedder")
-    embedder.hidden_states_layers = plan["text"]["text_encoder_out_layers"]
-    length = plan["text"]["max_sequence_length"]
-    embedder.encode_prompt = functools.partial(embedder.encode_prompt, max_sequence_length=length)
-    return pipe
-
-
-def replace_torchvision() -> None:
-    """Put into the place of torchvision, where it is not installed, the little that this path calls of it."""
-    from transformers.utils import is_torchvision_available
-
-    if is_torchvision_available():
-        return
-    functional = types.SimpleNamespace(
-        resize=lambda picture, size, interpolation: picture.resize(size[::-1], interpolation),
-        center_crop=lambda picture, size: ImageOps.fit(picture, size[::-1]),
-    )
-    modes = types.SimpleNamespace(BILINEAR=Image.Resampling.BILINEAR)
-    stub: Any = types.ModuleType("torchvision")
-    stub.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
-    stub.transforms = types.SimpleNamespace(functional=functional, InterpolationMode=modes)
-    sys.modules["torchvision"] = stub
 
 
 def losses(output: Path) -> list[float]:
