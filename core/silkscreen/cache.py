@@ -22,7 +22,7 @@ from silkscreen.content import content, nbytes
 from silkscreen.control import Control
 from silkscreen.errors import CacheError
 from silkscreen.files import replacing, sha256
-from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Sides
+from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Fields, Later, Sides, fields_at
 
 ConflictPolicy = Literal["error", "first", "last"]
 
@@ -67,8 +67,7 @@ class TemplateCache:
         source: the template or templates it comes from, for messages.
         base: id of the base it was made for; empty for any that it fits.
         parts: what it was composed of.
-        later: fields that take the place of these in the course of a run, each with the fraction of its steps from
-            which, rising.
+        later: fields that take the place of these in the course of a run.
     """
 
     fields: Mapping[str, Any]
@@ -76,7 +75,7 @@ class TemplateCache:
     source: str
     base: str = ""
     parts: tuple[Part, ...] = ()
-    later: Sequence[tuple[float, Mapping[str, Any]]] = ()
+    later: Later = ()
 
     @classmethod
     def from_result(cls, result: Any, template: str) -> TemplateCache:
@@ -141,10 +140,6 @@ class TemplateCache:
         lines += [f"argument {name}: {type(value).__name__}" for name, value in self.arguments.items()]
         return "\n".join(lines)
 
-    def at(self, fraction: float) -> Mapping[str, Any]:
-        """Return the fields that act when this fraction of a run's steps is done."""
-        return [self.fields, *(fields for start, fields in self.later if start <= fraction)][-1]
-
     def controlled(self, control: Control) -> TemplateCache:
         """Return the cache under a control. Pipeline arguments are not changed by it.
 
@@ -168,7 +163,7 @@ class TemplateCache:
                         f"template {self.source!r}: its carrier {name!r} has no strength and no region: leave them out"
                     )
                 fields[name] = carrier.control(value, control.strength, region)
-        later: list[tuple[float, Mapping[str, Any]]] = [(control.end, {})] if control.end < 1 else []
+        later: list[tuple[float, Fields]] = [(control.end, {})] if control.end < 1 else []
         if control.start > 0:
             fields, later = {}, [(control.start, fields), *later]
         told = {name: content(value) for name, value in vars(control).items() if value != getattr(Control, name)}
@@ -299,7 +294,7 @@ def _joined(
 ) -> TemplateCache:
     """Join the fields of caches, anew for each fraction of a run at which some change."""
     changes = sorted({start for cache in caches for start, _ in cache.later})
-    later = [(start, join([cache.at(start) for cache in caches])) for start in changes]
+    later = [(start, join([fields_at(start, cache.fields, cache.later) for cache in caches])) for start in changes]
     fields = join([cache.fields for cache in caches])
     return TemplateCache(fields, arguments, source, _common_base(caches), tuple(parts), later)
 

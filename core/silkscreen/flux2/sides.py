@@ -14,6 +14,18 @@ from silkscreen.errors import PipelineError
 POSITIVE = "cond"
 NEGATIVE = "uncond"
 
+Fields = Mapping[str, Any]
+"""Contents by carrier name."""
+
+Later = Sequence[tuple[float, Fields]]
+"""Fields that take the place of others in the course of a run, each with the fraction of its steps from which, rising.
+"""
+
+
+def fields_at(fraction: float, fields: Fields, later: Later) -> Fields:
+    """Return which fields act when a fraction of a run's steps is done."""
+    return [fields, *(changed for start, changed in later if start <= fraction)][-1]
+
 
 @dataclasses.dataclass
 class Sides:
@@ -21,13 +33,13 @@ class Sides:
 
     Attributes:
         fields: `POSITIVE` and `NEGATIVE` to the side's fields at the first step.
-        later: for a side, the fields that take the place of these, each with the fraction of the steps from which.
+        later: for a side, the fields that take the place of these.
         running: the side whose pass through the transformer is under way.
         picture_ids: ids (N, 4) of the transformer's picture sequence, during a pass that a carrier watches with them.
     """
 
-    fields: Mapping[str, Mapping[str, Any]]
-    later: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, Fields]
+    later: Mapping[str, Later] = dataclasses.field(default_factory=dict)
     running: str = POSITIVE
     picture_ids: torch.Tensor | None = None
     _pipe: Any = None
@@ -35,11 +47,8 @@ class Sides:
 
     def current(self, carrier: str) -> Any:
         """Return what the running side has of a carrier at this step, or None."""
-        fields = self.fields.get(self.running, {})
-        for start, changed in self.later.get(self.running, ()):
-            if start <= self._fraction():
-                fields = changed
-        return fields.get(carrier)
+        fields, later = self.fields.get(self.running, {}), self.later.get(self.running, ())
+        return fields_at(self._fraction() if later else 0.0, fields, later).get(carrier)
 
     def values(self, carrier: str) -> list[Any]:
         """Return everything that a side has of a carrier at any step."""
