@@ -146,7 +146,7 @@ class TemplateCache:
         Raises:
             CacheError: a carrier has no strength or region, or there are only pipeline arguments.
         """
-        if control.is_default:
+        if not control.changes:
             return self
         if self.later or not self.fields:
             has = "times already" if self.later else f"only pipeline arguments ({', '.join(self.arguments) or 'none'})"
@@ -166,7 +166,7 @@ class TemplateCache:
         later: list[tuple[float, Fields]] = [(control.end, {})] if control.end < 1 else []
         if control.start > 0:
             fields, later = {}, [(control.start, fields), *later]
-        told = {name: content(value) for name, value in vars(control).items() if value != getattr(Control, name)}
+        told = {name: content(value) for name, value in control.changes.items()}
         parts = [dataclasses.replace(part, inputs=part.inputs and {**part.inputs, **told}) for part in self.parts]
         return dataclasses.replace(self, fields=fields, later=later, parts=tuple(parts))
 

@@ -48,6 +48,6 @@ class Control:
         return cls(**checked, region=region)
 
     @property
-    def is_default(self) -> bool:
-        """Whether the template acts as trained: everywhere, in all steps."""
-        return self == Control()
+    def changes(self) -> dict[str, Any]:
+        """The values that are not the defaults: none when the template acts as trained, everywhere and in all steps."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Control, name)}

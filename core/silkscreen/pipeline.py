@@ -226,13 +226,10 @@ class TemplatePipeline:
         A template whose manifest gives no negative value has no part in the negative side.
         """
         negatives: list[TemplateInput] = []
-        if isinstance(template_inputs, Mapping):
-            template_inputs = [template_inputs]
-        for given, (template, values, _) in zip(template_inputs, self.check_inputs(template_inputs), strict=True):
+        for template, values, control in self.check_inputs(template_inputs):
             changed = {name: spec.negative for name, spec in template.inputs.items() if spec.negative is not MISSING}
             if changed:
-                controls = {name: given[name] for name in CONTROLS if name in given}
-                negatives.append({"model_id": template.name, **values, **changed, **controls})
+                negatives.append({"model_id": template.name, **values, **changed, **control.changes})
         return negatives
 
     def _compose(
