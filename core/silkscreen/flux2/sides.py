@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Sides:
 
     @contextmanager
     def watch(self, change: Callable[[], None], *, with_ids: bool = False) -> Iterator[None]:
-        """Call a function before each pass, and now if nothing changes between steps, for as long as the context lasts.
+        """Call a function before each pass, once, and now if nothing changes between steps, while the context lasts.
 
         Args:
             change: puts in place what is `current`, where it can be found without looking it up.
@@ -114,18 +115,16 @@ class Sides:
                     self.picture_ids = ids
             change()
 
-        self._watchers.append(change)
-        hook = None
-        if with_ids or self._changes:  # not every pipeline has cache contexts
-            hook = self._pipe.transformer.register_forward_pre_hook(before_pass, with_kwargs=True)
+        if with_ids or self._changes:  # not every pipeline has cache contexts, which tell no ids either
+            end = self._pipe.transformer.register_forward_pre_hook(before_pass, with_kwargs=True).remove
         else:
             change()
+            self._watchers.append(change)
+            end = partial(self._watchers.remove, change)
         try:
             yield
         finally:
-            self._watchers.remove(change)
-            if hook is not None:
-                hook.remove()
+            end()
 
     @property
     def _changes(self) -> bool:
