@@ -17,6 +17,7 @@ from PIL import Image
 from silkscreen.bases import Base
 from silkscreen.content import content, nbytes
 from silkscreen.flux2.loading import base_of
+from silkscreen.flux2.replacing import method_replaced
 from silkscreen.lru import LRU
 
 TEXT_OPTIONS = ("max_sequence_length", "text_encoder_out_layers")
@@ -82,7 +83,7 @@ def keep_prompts(pipe: Any, kept: LRU[tuple[torch.Tensor, ...]]) -> Iterator[Non
 
     A list of prompts is one entry, because how many are encoded at once decides the last bits.
     """
-    original, own = pipe.encode_prompt, vars(pipe).get("encode_prompt")
+    original = pipe.encode_prompt
     parameters = signature(original)
 
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
@@ -101,14 +102,8 @@ def keep_prompts(pipe: Any, kept: LRU[tuple[torch.Tensor, ...]]) -> Iterator[Non
             kept.put(key, found, nbytes(found))
         return tuple(tensor.clone() for tensor in found)
 
-    pipe.encode_prompt = encode_prompt
-    try:
+    with method_replaced(pipe, "encode_prompt", encode_prompt):
         yield
-    finally:
-        if own is None:
-            del pipe.encode_prompt
-        else:
-            pipe.encode_prompt = own
 
 
 def _identity(pipe: Any, part: str) -> Hashable:

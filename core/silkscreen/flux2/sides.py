@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from silkscreen.errors import PipelineError
+from silkscreen.flux2.replacing import method_replaced
 
 POSITIVE = "cond"
 NEGATIVE = "uncond"
@@ -75,7 +76,7 @@ class Sides:
                 f"{type(pipe.scheduler).__name__} does not tell its step, which start and end of a template need: "
                 "leave them out, or use FlowMatchEulerDiscreteScheduler"
             )
-        original, own = transformer.cache_context, vars(transformer).get("cache_context")
+        original = transformer.cache_context
 
         @contextmanager
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
@@ -89,14 +90,8 @@ class Sides:
             finally:
                 self.running = before
 
-        transformer.cache_context = cache_context
-        try:
+        with method_replaced(transformer, "cache_context", cache_context):
             yield
-        finally:
-            if own is None:
-                del transformer.cache_context
-            else:
-                transformer.cache_context = own
 
     @contextmanager
     def watch(self, change: Callable[[], None], *, with_ids: bool = False) -> Iterator[None]:
