@@ -218,16 +218,15 @@ def contract_violations(module: ModuleType, manifest: Manifest | None = None) ->
             problems.append(f"{where}: {model.__name__}.{method} has to take **kwargs")
         if "model_id" in parameters:
             problems.append(f"{where}: {model.__name__}.{method} may not have a parameter model_id, it is the caller's")
-    if not hasattr(model, "process_inputs"):
-        pass
-    elif manifest is None or manifest.inputs is None:
+    taken = inputs_from_signature(model) if hasattr(model, "process_inputs") else {}
+    if manifest is None or manifest.inputs is None:
         problems += [
             f"{where}: process_inputs may not have a parameter {name}, which means the same for every template: rename "
             "it, or list the inputs in a template.toml"
-            for name in inputs_from_signature(model).keys() & CONTROLS.keys()
+            for name in taken
+            if name in CONTROLS
         ]
-    else:
-        taken = inputs_from_signature(model)
+    elif hasattr(model, "process_inputs"):
         problems += [
             f"{where}: the manifest's input {name!r} is no parameter of process_inputs"
             for name in manifest.inputs
