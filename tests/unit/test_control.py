@@ -65,7 +65,8 @@ def test_strengths_of_the_same_add_up(templates: TemplatePipeline, small_pipe: A
     assert np.abs(twice - draw(templates, small_pipe, {})).max() > 1e-3
 
 
-def test_regions_of_the_same_add_up_where_they_are(templates: TemplatePipeline, small_pipe: Any) -> None:
+@pytest.mark.parametrize("templates", ["lora"], indirect=True)
+def test_regions_of_a_lora_add_up_where_they_are(templates: TemplatePipeline, small_pipe: Any) -> None:
     across, down = (
         draw(templates, small_pipe, *({"region": region} for region in regions))
         for regions in ((LEFT, RIGHT), (TOP, BOTTOM))

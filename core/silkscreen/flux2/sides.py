@@ -23,6 +23,12 @@ Later = Sequence[tuple[float, Fields]]
 """Fields that take the place of others in the course of a run, each with the fraction of its steps from which, rising.
 """
 
+Call = Mapping[str, Any]
+"""The arguments of a pass through the transformer, by name; none where it is not known yet."""
+
+Change = Callable[[Call], Call]
+"""What is to be done before a pass: it gets the pass's arguments, and returns them, as they are or others."""
+
 
 def fields_at(fraction: float, fields: Fields, later: Later) -> Fields:
     """Return which fields act when a fraction of a run's steps is done."""
@@ -45,7 +51,7 @@ class Sides:
     running: str = POSITIVE
     picture_ids: torch.Tensor | None = None
     _pipe: Any = None
-    _watchers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    _watchers: list[Change] = dataclasses.field(default_factory=list)
 
     def current(self, carrier: str) -> Any:
         """Return what the running side has of a carrier at this step, or None."""
@@ -82,7 +88,7 @@ class Sides:
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
             before, self.running = self.running, name
             for change in self._watchers:
-                change()
+                change({})
             inner: AbstractContextManager[None] = original(name, **kwargs)
             try:
                 with inner:
@@ -94,26 +100,26 @@ class Sides:
             yield
 
     @contextmanager
-    def watch(self, change: Callable[[], None], *, with_ids: bool = False) -> Iterator[None]:
+    def watch(self, change: Change, *, with_ids: bool = False) -> Iterator[None]:
         """Call a function before each pass, once, and now if nothing changes between steps, while the context lasts.
 
         Args:
             change: puts in place what is `current`, where it can be found without looking it up.
-            with_ids: keep `picture_ids` up to date.
+            with_ids: keep `picture_ids` up to date, and give and take the arguments of each pass.
         """
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def before_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Call]:
             if with_ids:
                 ids = kwargs["img_ids"].reshape(-1, *kwargs["img_ids"].shape[-2:])[0]
                 if self.picture_ids is None or not torch.equal(self.picture_ids, ids):
                     self.picture_ids = ids
-            change()
+            return args, change(kwargs)
 
         if with_ids or self._changes:  # not every pipeline has cache contexts, which tell no ids either
             end = self._pipe.transformer.register_forward_pre_hook(before_pass, with_kwargs=True).remove
         else:
-            change()
+            change({})
             self._watchers.append(change)
             end = partial(self._watchers.remove, change)
         try:
