@@ -15,6 +15,7 @@ from silkscreen.flux2.replacing import method_replaced
 
 POSITIVE = "cond"
 NEGATIVE = "uncond"
+BOTH = "both"
 
 Fields = Mapping[str, Any]
 """Contents by carrier name."""
@@ -40,7 +41,8 @@ class Sides:
     """What each side of a call has: for each side, its fields by carrier name.
 
     Attributes:
-        fields: `POSITIVE` and `NEGATIVE` to the side's fields at the first step.
+        fields: `POSITIVE` and `NEGATIVE` to the side's fields at the first step; also `BOTH`, as a batch of two, when
+            they may run in one pass.
         later: for a side, the fields that take the place of these.
         running: the side whose pass through the transformer is under way.
         picture_ids: ids (N, 4) of the transformer's picture sequence, during a pass that a carrier watches with them.
@@ -67,6 +69,12 @@ class Sides:
         """Whether any side has content of a carrier."""
         return bool(self.values(carrier))
 
+    def run(self, side: str) -> None:
+        """Let a side be the one that is running."""
+        self.running = side
+        for change in self._watchers:
+            change({})
+
     @contextmanager
     def follow(self, pipe: Any) -> Iterator[None]:
         """Keep `running` up to date while a pipeline calls its transformer.
@@ -86,9 +94,8 @@ class Sides:
 
         @contextmanager
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-            before, self.running = self.running, name
-            for change in self._watchers:
-                change({})
+            before = self.running
+            self.run(name)
             inner: AbstractContextManager[None] = original(name, **kwargs)
             try:
                 with inner:
