@@ -313,6 +313,8 @@ def _stack_fields(pictures: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     known = carriers()
     stacked = {}
     for name in dict.fromkeys(name for fields in pictures for name in fields):
+        if not hasattr(known[name], "stack"):
+            raise CacheError(f"the carrier {name!r} is for one picture a call: draw them in calls of their own")
         having = [name in fields for fields in pictures]
         if not all(having) and not hasattr(known[name], "nothing"):
             raise CacheError(
@@ -366,9 +368,9 @@ def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache) -> Itera
 
 def _as_one(positive: TemplateCache, negative: TemplateCache) -> TemplateCache | None:
     """Return the caches of both sides as that of a batch of two pictures, or None where that is not to be had."""
-    if nbytes([cache.fields for cache in (positive, negative)]) > _MOST_BYTES_AS_ONE:
+    if nbytes([positive.fields, negative.fields]) > _MOST_BYTES_AS_ONE:
         return None
     try:
         return stack([dataclasses.replace(cache, arguments={}) for cache in (positive, negative)])
-    except CacheError:  # a carrier wants both of one size
+    except CacheError:  # a carrier cannot have it
         return None
