@@ -16,7 +16,7 @@ import torch
 from silkscreen.flux2.replacing import method_replaced
 from silkscreen.flux2.sides import BOTH, NEGATIVE, POSITIVE, Call, Sides
 
-LARGEST = 2**19
+LARGEST = 2**17
 """Tokens times their size, in one side's pass, up to which it is run together with the other's."""
 
 _BATCHED = ("hidden_states", "timestep", "guidance", "encoder_hidden_states")
