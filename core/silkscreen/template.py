@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from silkscreen.files import sha256
 from silkscreen.manifest import CONTROLS, Input, Manifest, read_manifest
 from silkscreen.weights import TensorFile
 
+_logger = logging.getLogger(__name__)
 _NOT_INPUTS = ("self", "pipe")
 
 
@@ -148,23 +150,28 @@ class Template:
 
 
 def find_template(name: str | Path | Template, *, trust_code: bool = False) -> Template:
-    """Return the template of an installed name, or of a folder with a `model.py`.
+    """Return the template of an installed name, or of a folder or repository with a `model.py`.
 
     Args:
-        name: a name that `silkscreen list` shows, `distribution:name`, or a path to a folder.
-        trust_code: allow a folder's `model.py` to be executed.
+        name: a name that `silkscreen list` shows, `distribution:name`, a path to a folder, or a source such as
+            `modelscope:owner/repo@revision`, which is fetched; its template is called as the repository is.
+        trust_code: allow a folder's or repository's `model.py` to be executed.
 
     Raises:
         UnknownNameError, UnavailableError: no such template can be used.
-        UntrustedCodeError: it is a folder, and `trust_code` is not given.
+        WeightsError: the source cannot be had.
+        UntrustedCodeError: it is a folder or source, and `trust_code` is not given.
         ContractError: the module cannot be imported or breaks the contract.
     """
     if isinstance(name, Template):
         return name
-    if isinstance(name, Path) or registry.is_folder(name):
-        template = _from_folder(Path(name), trust_code)
+    folder = name if isinstance(name, Path) else registry.template_folder(name)
+    if folder is None:
+        template = _from_entry(registry.find(registry.TEMPLATES, str(name)), str(name))
     else:
-        template = _from_entry(registry.find(registry.TEMPLATES, name), name)
+        template = _from_folder(folder, trust_code)
+        if isinstance(name, str) and registry.is_source(name):
+            template = dataclasses.replace(template, name=_name_in(name), origin=name)
     return _checked(template)
 
 
@@ -178,17 +185,18 @@ def import_template(entry: registry.Entry) -> Template:
 
 
 def require_trust(folder: Path, module: Path, trust_code: bool) -> None:
-    """Refuse to go on unless the code of a template folder is trusted.
+    """Refuse to go on unless the code of a template folder is trusted; the file and its SHA-256 are shown or logged.
 
     Raises:
         UntrustedCodeError: `trust_code` is not given; the message has the file's sha256.
     """
+    digest = sha256(module)
     if not trust_code:
-        digest = sha256(module)
         raise UntrustedCodeError(
             f"using {folder} as a template executes the code in {module} (sha256 {digest}). "
             "If you have read it and trust it, pass trust_code=True, or --trust-code on the command line"
         )
+    _logger.info("running %s (sha256 %s)", module, digest)
 
 
 def _checked(template: Template) -> Template:
@@ -279,6 +287,12 @@ def _from_entry(entry: registry.Entry, name: str) -> Template:
         raise ContractError(name, [problem]) from error
     folder = entry.folder or Path(module.__file__ or ".").parent
     return Template(name, module, folder, origin, entry.manifest)
+
+
+def _name_in(source: str) -> str:
+    """Return the last part of the path in a source, or of the repository where it has no path."""
+    repo, _, path = source.partition(":")[2].partition(":")
+    return (path.rstrip("/") or repo.partition("@")[0]).rpartition("/")[2]
 
 
 def _from_folder(folder: Path, trust_code: bool) -> Template:

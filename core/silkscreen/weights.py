@@ -38,13 +38,10 @@ def locate(reference: str, folder: Path) -> Path:
         WeightsError: the path is absolute, leaves the folder or does not exist; the source is unknown.
     """
     if is_source(reference):
-        scheme, _, rest = reference.partition(":")
-        sources: dict[str, Callable[[str], Path]] = {}
-        for registered in registry.plugin_manager().hook.register_weight_sources():
-            sources |= registered
-        if scheme not in sources:
-            raise WeightsError(f"weight path {reference!r}: {unknown_name('source', scheme, sources)}")
-        return sources[scheme](rest)
+        if not registry.is_source(reference):
+            scheme = reference.partition(":")[0]
+            raise WeightsError(f"weight path {reference!r}: {unknown_name('source', scheme, registry.sources())}")
+        return registry.fetch(reference)
     path = inside(reference, folder)
     if not path.exists():
         raise WeightsError(f"weight path {reference!r}: there is no {path}")
