@@ -13,7 +13,7 @@ from huggingface_hub.utils import tqdm
 
 from silkscreen import errors
 from silkscreen.errors import ChecksumError, HubError, NoSuchFileError
-from silkscreen.hub.source import Source
+from silkscreen.hub.source import Client, Source
 
 _BLOCK = 2**22
 _NAMES = {
@@ -36,11 +36,12 @@ _KINDS: Mapping[str, type[HubError]] = {
 """By the names of the classes, because the client has changed the library that it speaks HTTP with."""
 
 
-class HuggingFace:
+class HuggingFace(Client):
     """The client of Hugging Face.
 
     It locks each file and resumes within a download, but checks no more than sizes; it names each file in its cache by
-    the checksum that the hub gives for it, SHA-256 for large files, git's SHA-1 for small ones, and that is checked here.
+    the checksum that the hub gives for it, SHA-256 for large files and git's SHA-1 for small ones: these are checked
+    here.
     """
 
     scheme = "hf"

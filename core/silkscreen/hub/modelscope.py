@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from modelscope_hub import errors as client_errors
 
 from silkscreen import errors
 from silkscreen.errors import HubError, NoSuchFileError
-from silkscreen.hub.source import Source
+from silkscreen.hub.source import Client, Source
 
 _MAIN = "master"
 _NAMES = {
@@ -36,7 +37,7 @@ _KINDS: Mapping[type[BaseException], type[HubError]] = {
 }
 
 
-class ModelScope:
+class ModelScope(Client):
     """The client of ModelScope.
 
     It locks each file, resumes what is broken off, and checks sizes and SHA-256 against the repository's list of files.
@@ -64,7 +65,8 @@ class ModelScope:
         if source.revision and not snapshot.as_posix().endswith(f"/snapshots/{revision}"):
             return None  # the client's older caches do not tell revisions apart
         found = source.within(snapshot)
-        whole = source.is_file or offline or _is_whole(snapshot, source)
+        everything = dataclasses.replace(source, path="")
+        whole = source.is_file or offline or _is_whole(snapshot, source) or _is_whole(snapshot, everything)
         return found if whole else None
 
     def download(self, source: Source) -> Path:

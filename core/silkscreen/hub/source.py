@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from silkscreen.errors import HubError
 
@@ -55,7 +55,7 @@ class Source:
         return path if there else None
 
 
-class Client(Protocol):
+class Client(ABC):
     """A hub's client.
 
     Attributes:
@@ -73,17 +73,22 @@ class Client(Protocol):
     offline_variables: Sequence[str]
     loggers: Sequence[str]
 
+    @abstractmethod
     def token(self) -> str | None:
         """Return the token of the environment or of a login."""
 
+    @abstractmethod
     def find(self, source: Source, offline: bool) -> Path | None:
         """Return the whole copy on this disk, if there is one; offline, also one that cannot be told to be whole."""
 
+    @abstractmethod
     def download(self, source: Source) -> Path:
         """Fetch what is missing, check it, and return where it is."""
 
+    @abstractmethod
     def send(self, repo: str, folder: Path, licence: str, private: bool, message: str) -> str:
         """Upload a folder, and return the address of the repository's page."""
 
+    @abstractmethod
     def kind(self, error: BaseException, source: Source) -> type[HubError] | None:
         """Tell what an error of the client means."""
