@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,13 +16,13 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 Files = dict[str, bytes]
-STALL = 30.0
-"""Seconds that a stalled answer takes, or until the server stops."""
+STALL, SLOW = 30.0, 1.5
+"""Seconds that an answer stalls and is late, or until the server stops."""
 
 
 @dataclasses.dataclass
 class Fault:
-    """What goes wrong with the next answers: `cut` in the middle, `stall` there, `wrong` bytes, or a status."""
+    """What goes wrong with the next answers: `cut` in the middle, `stall` there, `slow`, `wrong` bytes, or a status."""
 
     where: str
     what: str | int
@@ -135,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         self.hubs.requests.append(Request(self.command, self.path, dict(self.headers)))
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.hubs.fault(self.path)
+        fault = None if self.command == "HEAD" else self.hubs.fault(self.path)
         self.broken = fault.what if fault else ""
         split = urlsplit(self.path)
         self.query = {name: values[0] for name, values in parse_qs(split.query).items()}
@@ -157,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def answer(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if self.broken == "slow":
+            self.hubs.closing.wait(SLOW)
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         for name, value in (headers or {}).items():
@@ -325,9 +326,16 @@ def _commit(files: Files) -> str:
     return hashlib.sha1(json.dumps(digests).encode()).hexdigest()
 
 
-def wait(condition: Callable[[], Any], seconds: float = 20) -> None:
-    """Wait until something is so."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def variables(url: str, folder: Path) -> dict[str, str]:
+    """Return the environment variables that turn both clients to a server, with their files in a folder."""
+    return {
+        "MODELSCOPE_ENDPOINT": url,
+        "MODELSCOPE_CACHE": str(folder / "modelscope"),
+        "MODELSCOPE_HOME": str(folder / "modelscope-home"),
+        "MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "1",
+        "MODELSCOPE_API_MAX_RETRIES": "1",
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(folder / "huggingface"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }

@@ -13,6 +13,7 @@ from huggingface_hub.utils import tqdm
 
 from silkscreen import errors
 from silkscreen.errors import ChecksumError, HubError, NoSuchFileError
+from silkscreen.hub.record import files_in, is_recorded, write_record
 from silkscreen.hub.source import Client, Source
 
 _BLOCK = 2**22
@@ -58,20 +59,28 @@ class HuggingFace(Client):
     def find(self, source: Source, offline: bool) -> Path | None:
         """Return the whole copy on this disk, if there is one; offline, also one that cannot be told to be whole."""
         try:
-            return source.within(self._snapshot(source, local_files_only=True))
+            snapshot = self._snapshot(source, local_files_only=True)
         except client_errors.LocalEntryNotFoundError:
             return None
+        found = source.within(snapshot)
+        if found is None or is_recorded(snapshot, source):
+            return found
+        wrong = [path for path in files_in(found) if not _is_as_listed(path)]
+        for path in wrong:
+            path.resolve().unlink()
+            path.unlink()
+        if wrong:
+            return None
+        write_record(snapshot, source)
+        return found
 
     def download(self, source: Source) -> Path:
         """Fetch what is missing, check it, and return where it is."""
-        found = source.within(self._snapshot(source))
-        if found is None:
+        if source.within(self._snapshot(source)) is None:
             raise NoSuchFileError(source.path)
-        for path in [found] if source.is_file else found.rglob("*"):
-            if path.is_file() and not _is_as_listed(path):
-                path.resolve().unlink()
-                path.unlink()
-                raise ChecksumError(str(path))
+        found = self.find(source, offline=False)
+        if found is None:
+            raise ChecksumError(source.path)
         return found
 
     def send(self, repo: str, folder: Path, licence: str, private: bool, message: str) -> str:

@@ -1,21 +1,20 @@
-"""ModelScope, through its client."""
+"""ModelScope, through its client: the package that `modelscope` hands all of this to, and that imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import requests
-from modelscope.hub.api import HubApi
-from modelscope.hub.snapshot_download import snapshot_download
-from modelscope_hub import CacheNotFound, get_default_config
+from modelscope_hub import CacheNotFound, HubApi, get_default_config
 from modelscope_hub import errors as client_errors
+from modelscope_hub.compat import snapshot_download
 
 from silkscreen import errors
 from silkscreen.errors import HubError, NoSuchFileError
+from silkscreen.hub.record import is_recorded, write_record
 from silkscreen.hub.source import Client, Source
 
 _MAIN = "master"
@@ -48,7 +47,7 @@ class ModelScope(Client):
     title = "ModelScope"
     names = _NAMES
     offline_variables = ()
-    loggers = ("modelscope", "modelscope_hub")
+    loggers = ("modelscope_hub",)
 
     def token(self) -> str | None:
         """Return the token of the environment or of a login."""
@@ -66,7 +65,7 @@ class ModelScope(Client):
             return None  # the client's older caches do not tell revisions apart
         found = source.within(snapshot)
         everything = dataclasses.replace(source, path="")
-        whole = source.is_file or offline or _is_whole(snapshot, source) or _is_whole(snapshot, everything)
+        whole = source.is_file or offline or is_recorded(snapshot, source) or is_recorded(snapshot, everything)
         return found if whole else None
 
     def download(self, source: Source) -> Path:
@@ -77,39 +76,25 @@ class ModelScope(Client):
         found = source.within(snapshot)
         if found is None:
             raise NoSuchFileError(source.path)
-        if not source.is_file:
-            files = [path for path in found.rglob("*") if path.is_file()]
-            sizes = {path.relative_to(found).as_posix(): path.stat().st_size for path in files}
-            _record(snapshot, source).write_text(json.dumps(sizes), encoding="utf-8")
+        write_record(snapshot, source)
         return found
 
     def send(self, repo: str, folder: Path, licence: str, private: bool, message: str) -> str:
         """Upload a folder, and return the address of the repository's page."""
         api = HubApi()
-        visibility = "private" if private else "public"
-        api.create_repo(repo, visibility=visibility, license=licence.lower(), exist_ok=True)
-        api.upload_folder(repo, folder_path=folder, commit_message=message, use_cache=False)
-        return f"{api.endpoint}/models/{repo}"
+        with contextlib.suppress(client_errors.AlreadyExistsError):
+            visibility = "private" if private else "public"
+            api.create_repo(repo, "model", visibility=visibility, license=licence.lower())
+        api.upload_folder(repo, "model", folder, commit_message=message, use_cache=False)
+        return f"{get_default_config().endpoint}/models/{repo}"
 
     def kind(self, error: BaseException, source: Source) -> type[HubError] | None:
         """Tell what an error of the client means."""
         if isinstance(error, client_errors.NotExistError):
             if "FilePath=" in (error.url or ""):
                 return NoSuchFileError
-            exists = HubApi().repo_exists(source.repo)
-            return errors.NoSuchRevisionError if exists else errors.NoSuchRepositoryError
+            with contextlib.suppress(client_errors.HubError):
+                if HubApi().repo_exists(source.repo, "model"):
+                    return errors.NoSuchRevisionError
+            return errors.NoSuchRepositoryError
         return next((kind for theirs, kind in _KINDS.items() if isinstance(error, theirs)), None)
-
-
-def _record(snapshot: Path, source: Source) -> Path:
-    """Return where it is kept which files a whole copy has, and their sizes: outside, where the client keeps none."""
-    key = hashlib.sha256(f"{source}".encode()).hexdigest()[:16]
-    return snapshot.parent.parent / f".silkscreen-{key}.json"
-
-
-def _is_whole(snapshot: Path, source: Source) -> bool:
-    try:
-        sizes = json.loads(_record(snapshot, source).read_text(encoding="utf-8"))
-        return all((snapshot / source.path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
-        return False
