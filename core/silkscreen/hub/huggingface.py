@@ -67,7 +67,7 @@ class HuggingFace(Client):
             return found
         wrong = [path for path in files_in(found) if not _is_as_listed(path)]
         for path in wrong:
-            path.resolve().unlink()
+            path.resolve().unlink(missing_ok=True)  # files of one content share it
             path.unlink()
         if wrong:
             return None
