@@ -145,9 +145,12 @@ class PictureKV(nn.Module):
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_single_layers)
         )
-        # In the published files too, but never run: only keys and values leave this copy.
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, bias=False)
         self.proj_out = nn.Linear(dim, in_channels, bias=False)
+        # In the published files too, but of no effect, and so not to be trained: only keys and values leave this copy.
+        last = self.single_transformer_blocks[-1]
+        for unused in (self.norm_out, self.proj_out, last.norm_q, last.to_out):
+            unused.requires_grad_(False)
 
     def keys_and_values(self, latents: Sequence[torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, KV]:
         """Collect each block's keys and values.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import shutil
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from silkscreen import registry
 from silkscreen.errors import ProjectError
 from silkscreen.manifest import read_manifest, unknown_name
+from silkscreen.template import Template, import_template, require_trust
 
 _PYPROJECT = """\
 [build-system]
@@ -135,6 +138,29 @@ def plan_project(folder: Path, name: str) -> Project:
         root=folder / "src",
         package=folder / "src" / package,
     )
+
+
+def import_project(project: Project, trust_code: bool) -> Template:
+    """Import the template of a project, which need not be installed.
+
+    Raises:
+        UntrustedCodeError: `trust_code` is not given.
+        ContractError: the module cannot be imported or breaks the contract.
+        ProjectError: another module of its name was imported before.
+    """
+    require_trust(project.package, project.module_file, trust_code)
+    root = str(project.root.resolve())
+    sys.path.insert(0, root)
+    try:
+        importlib.invalidate_caches()
+        template = import_template(project.entry())
+    finally:
+        sys.path.remove(root)
+    if not Path(template.module.__file__ or "").resolve().is_relative_to(root):
+        raise ProjectError(
+            f"{project.module} was imported from {template.module.__file__} before: use a new process for this one"
+        )
+    return template
 
 
 def create_project(

@@ -460,7 +460,7 @@ class _Run:
                 pipe=self.context,
                 use_gradient_checkpointing=self.config.use_gradient_checkpointing,
                 use_gradient_checkpointing_offload=self.config.use_gradient_checkpointing_offload,
-                **_stacked([example.processed for example in examples]),
+                **stacked([example.processed for example in examples]),
             )
         cache = TemplateCache.from_result(result, self.template.name)
         if cache.arguments:
@@ -663,7 +663,7 @@ def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join what `process_inputs` returned for each row: tensors along the batch, equal values as they are."""
     joined: dict[str, Any] = {}
     for key in processed[0]:
