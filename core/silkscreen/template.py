@@ -14,6 +14,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -196,6 +197,12 @@ def require_trust(folder: Path, module: Path, trust_code: bool) -> None:
             f"using {folder} as a template executes the code in {module} (sha256 {digest}). "
             "If you have read it and trust it, pass trust_code=True, or --trust-code on the command line"
         )
+    _tell(module, digest)
+
+
+@cache
+def _tell(module: Path, digest: str) -> None:
+    """Log, once, that code is run."""
     _logger.info("running %s (sha256 %s)", module, digest)
 
 

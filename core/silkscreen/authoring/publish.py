@@ -20,7 +20,6 @@ from silkscreen.files import sha256
 from silkscreen.manifest import read_manifest
 
 _MESSAGE = "Publish the template with Silkscreen"
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s:]+)\)")
 
 
@@ -39,7 +38,8 @@ class Publication:
     licence: str
 
     def write(self, folder: Path) -> None:
-        """Put it all into a folder, files by links where the disk has them."""
+        """Put it all into a folder, which is made, files by links where the disk has them."""
+        folder.mkdir(exist_ok=True)
         for name, path in self.files.items():
             place = folder / name
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +92,6 @@ def plan_publication(folder: Path, name: str | None = None) -> Publication:
     files.pop(module.relative_to(package).as_posix())
     files |= {"model.py": module}
     files.pop("README.md", None)
-    pickles = [str(path) for path in files.values() if path.suffix in _PICKLES]
-    if pickles:
-        raise PublishError(f"{', '.join(pickles)}: reading a pickle runs code: save weights with safetensors")
     card, licence = _card(readme, text, package, licence if isinstance(licence, str) else None)
     return Publication(files, card, licence)
 
@@ -123,20 +120,22 @@ def publish(
 
     Raises:
         PublishError: it does not pass the check, or lacks something.
+        UntrustedCodeError: `trust_code` is not given.
         WeightsError: the target is none.
         HubError: it cannot be sent; the class tells why.
     """
     publication = plan_publication(folder, name)
     hub.destination(target)
-    from silkscreen.authoring.check import check  # type: ignore[import-not-found]
+    from silkscreen.authoring.check import check
 
-    failed = [finding for finding in check(folder, base=base, trust_code=trust_code) if not finding.passed]
-    if failed:
-        listed = "\n".join(f"  - {finding.name}: {finding.detail}: {finding.cure}" for finding in failed)
-        raise PublishError(f"{folder} does not pass `silkscreen check`, and is not published:\n{listed}")
-    with tempfile.TemporaryDirectory() as staging:
-        publication.write(Path(staging))
-        return hub.send(target, Path(staging), licence=publication.licence, private=private, message=_MESSAGE)
+    with tempfile.TemporaryDirectory() as parent:
+        staging = Path(parent) / target.rpartition("/")[2]  # what goes is checked, not what it was made of
+        publication.write(staging)
+        failed = [finding for finding in check(staging, base=base, trust_code=trust_code) if not finding.passed]
+        if failed:
+            listed = "\n".join(f"  - {finding.name}: {finding.detail}: {finding.cure}" for finding in failed)
+            raise PublishError(f"{folder} does not pass `silkscreen check`, and is not published:\n{listed}")
+        return hub.send(target, staging, licence=publication.licence, private=private, message=_MESSAGE)
 
 
 def _goes(path: Path, package: Path) -> bool:

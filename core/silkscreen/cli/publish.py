@@ -50,6 +50,7 @@ def command(
     if dry_run:
         click.echo(f"would go to {target}")
         return
+    click.echo("checking it: see silkscreen check", err=True)
     address = publish(folder, target, name=name, base=base, private=private, trust_code=trust_code)
     click.echo(f"published: {address}")
     click.echo(f"use it as: -t {target}")
