@@ -177,6 +177,8 @@ def test_what_is_sent_is_fetched_again_and_draws_the_same(
 ) -> None:
     target = f"{scheme}:me/constant"
     plan_publication(folder).write(tmp_path / "staging")
+    send(target, folder / "weights", **{variable: TOKEN})  # a first time, so that there is a repository
+    server.repos["me/constant"]["main"].pop("small.safetensors")
     assert f"{server.url}/" in send(target, tmp_path / "staging", **{variable: TOKEN})
     sent = server.repos["me/constant"]["main"]
     assert {name: data for name, data in sent.items() if not name.startswith(".")} == {
@@ -208,7 +210,7 @@ def test_the_token_is_shown_nowhere_when_sending_is_refused(
     server.faults = [Fault(where, 403, times=99)]
     verbose = {"MODELSCOPE_LOG_LEVEL": "DEBUG", "HF_HUB_VERBOSITY": "debug", "HF_DEBUG": "1"}
     shown = send(f"{scheme}:me/constant", folder, **{variable: TOKEN}, **verbose)
-    assert "PermissionDeniedError" in shown
+    assert f"silkscreen.errors.PermissionDeniedError: {scheme}:me/constant: " in shown
     assert "refused, you said Bearer ***" in shown
     assert TOKEN not in shown
 

@@ -37,7 +37,7 @@ _MESSAGES: dict[type[HubError], str] = {
     errors.DiskFullError: "the disk is full: make room, or name a folder on another disk in {cache}",
     errors.ChecksumError: "what came is not what {title} lists, and was not kept: try again; "
     "if it stays so, tell the repository's owner",
-    HubError: "{title} failed: try again later",
+    HubError: "{title} failed: {reason}: try again later",
 }
 
 _Result = TypeVar("_Result")
@@ -166,10 +166,16 @@ def _guarded(client: Client, source: Source, action: Callable[[], _Result]) -> _
 
 def _explained(client: Client, source: Source, error: Exception) -> HubError:
     kind = next((kind for each in _chain(error) if (kind := _kind(client, source, each))), HubError)
-    given = {"repo": source.repo, "path": source.path, "revision": source.revision or "its main branch"}
-    message = _MESSAGES[kind].format(title=client.title, **given, **client.names)
-    problem = kind(f"{source}: {message}")
-    problem.add_note(_redacted("\n".join(f"{type(each).__name__}: {each}" for each in _chain(error))))
+    told = [_redacted(f"{type(each).__name__}: {each}") for each in _chain(error)]
+    given = {
+        "title": client.title,
+        "repo": source.repo,
+        "path": source.path,
+        "revision": source.revision or "its main branch",
+        "reason": told[-1].splitlines()[0],
+    }
+    problem = kind(f"{source}: {_MESSAGES[kind].format(**given, **client.names)}")
+    problem.add_note("\n".join(told))
     return problem
 
 

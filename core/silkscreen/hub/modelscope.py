@@ -25,6 +25,9 @@ _NAMES = {
     "timeout": "MODELSCOPE_DOWNLOAD_TIMEOUT",
     "login": "modelscope login",
 }
+_REFUSED = tuple(
+    f"[{error.error_code}]" for error in (client_errors.AuthenticationError, client_errors.PermissionDeniedError)
+)
 _KINDS: Mapping[type[BaseException], type[HubError]] = {
     client_errors.AuthenticationError: errors.PermissionDeniedError,
     client_errors.PermissionDeniedError: errors.PermissionDeniedError,
@@ -85,7 +88,20 @@ class ModelScope(Client):
         with contextlib.suppress(client_errors.AlreadyExistsError):
             visibility = "private" if private else "public"
             api.create_repo(repo, "model", visibility=visibility, license=licence.lower())
-        api.upload_folder(repo, "model", folder, commit_message=message, use_cache=False)
+        failures: list[str] = []  # the client raises no more than that there are some
+        try:
+            api.upload_folder(
+                repo,
+                "model",
+                folder,
+                commit_message=message,
+                use_cache=False,
+                progress_callback=lambda event: failures.append(event["error"] or ""),
+            )
+        except client_errors.StorageError as error:
+            if any(failure.startswith(_REFUSED) for failure in failures):
+                raise errors.PermissionDeniedError(repo) from error
+            raise
         return f"{get_default_config().endpoint}/models/{repo}"
 
     def kind(self, error: BaseException, source: Source) -> type[HubError] | None:
