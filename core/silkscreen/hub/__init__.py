@@ -98,6 +98,7 @@ def send(target: str, folder: Path, *, licence: str, private: bool, message: str
         raise errors.PermissionDeniedError(
             f"{source}: nobody is logged in: set {client.names['token']} or log in with `{client.names['login']}`"
         )
+    _hide_token(client)
     return _guarded(client, source, lambda: client.send(source.repo, folder, licence, private, message))
 
 
@@ -128,6 +129,7 @@ def _fetch(client: Client, reference: str) -> Path:
             f"{source} is not on this disk, and the network is not asked: fetch it once without --offline, "
             f"{OFFLINE} and HF_HUB_OFFLINE, or name the right folder in {client.names['cache']}"
         )
+    _hide_token(client)
     return _guarded(client, source, lambda: client.download(source))
 
 
@@ -153,10 +155,6 @@ def _guarded(client: Client, source: Source, action: Callable[[], _Result]) -> _
     A server may send back in its answer what it was sent, the token included, and clients put answers into their
     messages: so only a text that was searched for tokens is kept, as a note.
     """
-    _tokens.update(token for token in (client.token(),) if token)
-    for name in client.loggers:
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(_without_tokens)
     try:
         return action()
     except Exception as error:  # whatever a client raises
@@ -194,6 +192,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         for failure in getattr(error, "failed_files", {}).values():
             yield from _chain(failure)
         yield error
+
+
+def _hide_token(client: Client) -> None:
+    """Keep the client's token out of messages, and out of what the client logs."""
+    _tokens.update(token for token in (client.token(),) if token)
+    for name in client.loggers:
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_without_tokens)
 
 
 def _redacted(text: str) -> str:

@@ -16,7 +16,8 @@ from silkscreen.errors import ChecksumError, HubError, NoSuchFileError
 from silkscreen.hub.record import files_in, is_recorded, write_record
 from silkscreen.hub.source import Client, Source
 
-_BLOCK = 2**22
+_BLOCK, _SHOWN = 2**22, 2**28
+"""Bytes that are checked at once, and of a file whose check takes long enough to be shown."""
 _NAMES = {
     "token": "HF_TOKEN",
     "endpoint": "HF_ENDPOINT",
@@ -120,7 +121,8 @@ def _is_as_listed(path: Path) -> bool:
         digest = hashlib.sha1(b"blob %d\0" % size)
     else:
         return True
-    with blob.open("rb") as file, tqdm(desc=f"Checking {path.name}", total=size, unit="B", unit_scale=True) as bar:
+    shown = {"desc": f"Checking {path.name}", "unit": "B", "unit_scale": True, "disable": size < _SHOWN or None}
+    with blob.open("rb") as file, tqdm(total=size, **shown) as bar:
         while block := file.read(_BLOCK):
             digest.update(block)
             bar.update(len(block))

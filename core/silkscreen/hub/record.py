@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -18,7 +19,8 @@ def write_record(snapshot: Path, source: Source) -> None:
     """Keep that what a source names is whole in a snapshot: the names and sizes of its files."""
     found = snapshot / source.path
     sizes = {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in files_in(found)}
-    _path(snapshot, source).write_text(json.dumps(sizes), encoding="utf-8")
+    with contextlib.suppress(OSError):  # a cache that others look after
+        _path(snapshot, source).write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def is_recorded(snapshot: Path, source: Source) -> bool:
