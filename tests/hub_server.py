@@ -45,6 +45,7 @@ class Hubs:
         repos: files by path, by revision, by `owner/repo`; the main branch, `main`, is `master` to one hub.
         tokens: the token that a private repository asks for, and that every upload does, under "".
         made: what repositories were made with.
+        lists_anything: answers with an empty list for a revision that is not there.
         requests: all that came.
         faults: those to come.
     """
@@ -53,6 +54,7 @@ class Hubs:
         self.repos: dict[str, dict[str, Files]] = {}
         self.tokens: dict[str, str] = {}
         self.made: dict[str, dict[str, Any]] = {}
+        self.lists_anything = False
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.blobs: dict[str, bytes] = {}
@@ -211,7 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer({"Code": 200, "Data": {"Name": repo}, "data": {"id": repo}})
 
     def list_modelscope(self, repo: str) -> None:
-        files = self.files(repo, self.query["Revision"])
+        is_there = not self.hubs.lists_anything or self.query["Revision"] in self.revisions(repo)
+        files = self.files(repo, self.query["Revision"]) if is_there else {}
         entries = [
             {"Path": path, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
             for path, data in files.items()

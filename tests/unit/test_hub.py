@@ -127,9 +127,15 @@ def test_what_a_hub_does_not_have_is_told_apart(scheme: str, fetch: Any) -> None
     assert repository["error"] == "NoSuchRepositoryError"
     assert "no repository owner/none: check the name; for a private one set" in repository["message"]
     assert revision["error"] == both["error"] == "NoSuchRevisionError"
-    assert "owner/repo has no revision v9: name a branch" in revision["message"]
+    assert "owner/repo has no revision v9, or nothing in it: name a branch" in revision["message"]
     assert file["error"] == folder["error"] == "NoSuchFileError"
     assert "there is no none.py in owner/repo" in file["message"]
+
+
+def test_a_revision_that_is_listed_without_files_is_none(fetch: Any, server: Hubs) -> None:
+    server.lists_anything = True
+    everything, file = fetch("modelscope:owner/repo@v9", "modelscope:owner/repo@v9:model.py")
+    assert everything["error"] == file["error"] == "NoSuchRevisionError"
 
 
 @BOTH

@@ -26,7 +26,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MESSAGES: dict[type[HubError], str] = {
     errors.NoSuchRepositoryError: "{title} shows no repository {repo}: check the name; "
     "for a private one set {token} or log in with `{login}`",
-    errors.NoSuchRevisionError: "{repo} has no revision {revision}: name a branch, a tag or a commit of it",
+    errors.NoSuchRevisionError: "{repo} has no revision {revision}, or nothing in it: name a branch, a tag or a commit",
     errors.NoSuchFileError: "there is no {path} in {repo} at {revision}: check the path",
     errors.PermissionDeniedError: "{title} denies access to {repo}: ask for it on the repository's page, and set "
     "{token} or log in with `{login}`",

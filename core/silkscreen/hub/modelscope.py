@@ -73,12 +73,12 @@ class ModelScope(Client):
 
     def download(self, source: Source) -> Path:
         """Fetch what is missing, check it, and return where it is."""
-        snapshot = Path(
-            snapshot_download(source.repo, revision=source.revision or _MAIN, allow_patterns=source.patterns)
-        )
+        revision = source.revision or _MAIN
+        snapshot = Path(snapshot_download(source.repo, revision=revision, allow_patterns=source.patterns))
         found = source.within(snapshot)
-        if found is None:
-            raise NoSuchFileError(source.path)
+        if found is None:  # the hub may list a revision that is not there as one without files
+            listed = HubApi().list_repo_files(source.repo, "model", revision=revision)
+            raise NoSuchFileError(source.path) if listed else errors.NoSuchRevisionError(revision)
         write_record(snapshot, source)
         return found
 
