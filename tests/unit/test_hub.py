@@ -179,11 +179,12 @@ def test_a_hub_that_cannot_be_reached_is_told(scheme: str, fetch: Any) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "kept"), [("modelscope", 12_000_000), ("hf", 10 * 2**20)])
-def test_a_broken_connection_is_taken_up_where_it_broke(scheme: str, kept: int, fetch: Any, server: Hubs) -> None:
+def test_a_broken_connection_is_taken_up_where_it_broke(scheme: str, kept: int, start: Any, server: Hubs) -> None:
     large = bytes(range(240)) * 100_000
     server.add("owner/large", {"large.safetensors": large})
     server.faults = [Fault("large.safetensors", "cut")]
-    found = fetch(f"{scheme}:owner/large")
+    found, shown = results(start(f"{scheme}:owner/large"))
+    assert "100%" in shown  # of the progress
     assert (Path(found["path"]) / "large.safetensors").read_bytes() == large
     ranges = [request.headers.get("Range") for request in server.fetched("large.safetensors")]
     assert ranges == [None, f"bytes={kept}-"]  # one of the clients keeps whole blocks of 10 MiB

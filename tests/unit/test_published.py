@@ -15,7 +15,10 @@ from modelscope_hub import set_default_config
 from silkscreen import TemplatePipeline, load_base, registry
 from silkscreen.cli import command_line
 from silkscreen.errors import BaseError, NoSuchFileError, UntrustedCodeError
+from silkscreen.recipe import Recipe
 from silkscreen.template import find_template
+from silkscreen.training.config import TrainingConfig
+from silkscreen.training.trainer import train
 from small_flux2 import CALL, build_pipeline
 
 MANIFEST = b'title = "Constant"\n[inputs.scale]\ntype = "number"\ndefault = 1.0\nmaximum = 2.0\n'
@@ -115,6 +118,19 @@ def test_weights_are_read_from_a_repository(server: Hubs, tmp_path: Path, small_
     key, value = cache.fields["kv_cache"]["single_1"]
     assert torch.equal(key, torch.full_like(key, 3.0))
     assert torch.equal(value, torch.full_like(value, 10.0))
+
+
+def test_a_recipe_records_the_source(server: Hubs, small_pipe: object) -> None:
+    source = "modelscope:owner/constant@v2"
+    recipe = Recipe.from_dict({"prompt": "red", "template_inputs": {"model_id": source, "scale": 0.5}})
+    completed = recipe.completed(small_pipe, TemplatePipeline(recipe.template_names, trust_code=True))
+    assert completed.made_with["templates"] == {source: source}
+
+
+def test_training_runs_the_code_of_a_repository_only_when_it_is_trusted(server: Hubs, tmp_path: Path) -> None:
+    settings = {"dataset_metadata_path": tmp_path / "none.jsonl", "output_path": tmp_path / "run"}
+    with pytest.raises(UntrustedCodeError, match="executes the code"):
+        train(TrainingConfig(template_model_id_or_path="modelscope:owner/constant", **settings))
 
 
 def test_a_base_is_loaded_from_a_repository_without_what_is_not_of_it(server: Hubs, tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ import json
 
 import click
 
+from silkscreen.cli.offline_option import offline_option
+
 
 @click.command("check")
 @click.argument("target", metavar="PLUGIN_OR_FOLDER")
 @click.option("--base", help="Id or folder of the base to draw with.  [default: flux2-tiny, or one it is for]")
 @click.option("--trust-code", is_flag=True, help="Let the code in a folder run.")
 @click.option("--json", "as_json", is_flag=True, help="Print it for programs.")
+@offline_option
 def command(target: str, base: str | None, trust_code: bool, as_json: bool) -> None:
     """Ask of a template everything that a reviewer would, and say how to cure what is wrong.
 

@@ -49,7 +49,7 @@ class HuggingFace(Client):
     scheme = "hf"
     title = "Hugging Face"
     names = _NAMES
-    offline_variables = ("HF_HUB_OFFLINE",)
+    offline_variables = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     loggers = ("huggingface_hub",)
 
     def token(self) -> str | None:

@@ -96,7 +96,7 @@ class ModelScope(Client):
                 folder,
                 commit_message=message,
                 use_cache=False,
-                progress_callback=lambda event: failures.append(event["error"] or ""),
+                progress_callback=lambda event: failures.append(event.get("error") or ""),
             )
         except client_errors.StorageError as error:
             if any(failure.startswith(_REFUSED) for failure in failures):

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from silkscreen import weights
+from silkscreen import registry, weights
 from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import TrainingError
 from silkscreen.files import replacing
@@ -114,7 +114,8 @@ class _Run:
         self.config = config
         self.accelerator = _make_accelerator(config)
         self.device = self.accelerator.device
-        self.template = find_template(config.template_model_id_or_path, trust_code=True)
+        named = config.template_model_id_or_path
+        self.template = find_template(named, trust_code=config.trust_code or not registry.is_source(named))
         base = training_base(config)
         split = config.task == "sft:train"
         self.prompts = validation.read_prompts(config.validation_prompts) if config.validation_prompts else []
