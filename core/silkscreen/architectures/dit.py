@@ -208,8 +208,8 @@ def from_transformer(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
 def starting_weights(transformer: nn.Module) -> dict[str, torch.Tensor]:
     """Return the weights from which the training of a `PictureKV` starts: a transformer's, but for values of zero.
 
-    The base has never seen such pictures: with values of its own it would be misled so badly that the first thing learned
-    is to turn the keys away, after which nothing else is.
+    The base has never seen such pictures: with values of its own it would be misled so badly that the first thing
+    learned is to turn the keys away, after which nothing else is.
     """
     weights = from_transformer(transformer.state_dict())
     for name, value in weights.items():
