@@ -47,8 +47,8 @@ def register_weight_sources() -> Mapping[str, Callable[[str], Path]]:
 @hookimpl
 def register_commands(group: click.Group) -> None:
     """The commands of `silkscreen`."""
-    from silkscreen.cli import bases, batch, check, generate, info, new, pack, show, sweep, train
+    from silkscreen.cli import bases, batch, check, generate, info, new, pack, show, sweep, train, wrap
     from silkscreen.cli import list as listing
 
-    for module in (listing, info, bases, generate, show, batch, sweep, train, new, check, pack):
+    for module in (listing, info, bases, generate, show, batch, sweep, train, new, check, pack, wrap):
         group.add_command(module.command)

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ name = "{distribution}"
 version = "0.1.0"
 description = {summary}
 requires-python = ">=3.11"
-dependencies = ["silkscreen>=0.1,<1"]
+dependencies = {requires}
 {metadata}
 [project.entry-points."{group}"]
 {name} = "{module}"
@@ -36,7 +36,7 @@ dependencies = ["silkscreen>=0.1,<1"]
 [tool.hatch.build.targets.wheel]
 packages = ["src/{package}"]
 artifacts = ["*.safetensors"]
-"""
+{tool}"""
 """`artifacts` keeps weights in the wheel where a `.gitignore` keeps them out of the repository."""
 
 
@@ -169,7 +169,9 @@ def create_project(
     *,
     beside: Mapping[str, str | Path] | None = None,
     summary: str = "",
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str | dict[str, str]] | None = None,
+    requires: Sequence[str] = (),
+    tool: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a project: a `pyproject.toml` for hatchling with its entry point, and a package of the files given.
@@ -180,6 +182,8 @@ def create_project(
         beside: files of the project folder, likewise.
         summary: what the template does, in a sentence.
         metadata: more keys of `[project]`, such as `readme`.
+        requires: what it needs beside Silkscreen.
+        tool: keys of `[tool.silkscreen]`.
         overwrite: replace files that exist.
 
     Raises:
@@ -192,7 +196,10 @@ def create_project(
         name=project.name,
         module=project.module,
         package=project.package.name,
+        requires=_toml(["silkscreen>=0.1,<1", *requires]),
         metadata="".join(f"{key} = {_toml(value)}\n" for key, value in (metadata or {}).items()),
+        tool="\n[tool.silkscreen]\n" * bool(tool)
+        + "".join(f"{key} = {_toml(value)}\n" for key, value in (tool or {}).items()),
     )
     contents = {"__init__.py": f'"""The {project.name} template."""\n', **files}
     targets = {
@@ -226,9 +233,11 @@ def normalised(name: str) -> str:
     return result
 
 
-def _toml(text: str) -> str:
-    """Write a text as TOML does, which is as JSON does."""
-    return json.dumps(text, ensure_ascii=False)
+def _toml(value: str | list[str] | dict[str, str]) -> str:
+    """Write a value on one line; TOML has text and lists as JSON does."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _declared(folder: Path) -> dict[str, Project]:
