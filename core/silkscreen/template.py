@@ -13,8 +13,10 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +33,8 @@ from silkscreen.weights import TensorFile
 
 _logger = logging.getLogger(__name__)
 _NOT_INPUTS = ("self", "pipe")
+_DISTRIBUTIONS = {"cv2": "opencv-python", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+"""Packages that are installed by another name than they are imported by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +102,8 @@ class Template:
 
     def construct(self, base_id: str) -> nn.Module:
         """Return a new model for a base, without weights."""
-        model: nn.Module = self.module.TEMPLATE_MODEL(**self.config(base_id))
+        with missing_packages_named(self.name, self.origin):
+            model: nn.Module = self.module.TEMPLATE_MODEL(**self.config(base_id))
         return model
 
     def load(self, base_id: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
@@ -183,6 +188,24 @@ def import_template(entry: registry.Entry) -> Template:
         ContractError: the module cannot be imported or breaks the contract.
     """
     return _checked(_from_entry(entry, entry.name))
+
+
+@contextmanager
+def missing_packages_named(template: str, origin: str) -> Iterator[None]:
+    """Say how to install a package that a template's code imports and that is not installed.
+
+    Raises:
+        ContractError: there is such a package.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or find_spec(package) is not None:  # it is there, but lacks a module
+            raise
+        distribution = _DISTRIBUTIONS.get(package, package)
+        problem = f"{origin}: it imports {error.name}, which is not installed: pip install {distribution}"
+        raise ContractError(template, [problem]) from error
 
 
 def require_trust(folder: Path, module: Path, trust_code: bool) -> None:
@@ -288,7 +311,10 @@ def _is_by_base(value: Any, paths: Any) -> bool:
 def _from_entry(entry: registry.Entry, name: str) -> Template:
     origin = f"{entry.distribution} {entry.version}"
     try:
-        module = importlib.import_module(entry.module)
+        with missing_packages_named(name, origin):
+            module = importlib.import_module(entry.module)
+    except ContractError:
+        raise
     except Exception as error:  # whatever a stranger's module raises
         problem = f"{origin}: importing {entry.module} raised {type(error).__name__}: {error}"
         raise ContractError(name, [problem]) from error
@@ -318,9 +344,12 @@ def _from_folder(folder: Path, trust_code: bool) -> Template:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         try:
-            spec.loader.exec_module(module)
+            with missing_packages_named(str(folder), str(path)):
+                spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
+            if isinstance(error, ContractError):
+                raise
             raise ContractError(str(folder), [f"{path} raised {type(error).__name__}: {error}"]) from error
     manifest_path = folder / "template.toml"
     try:

@@ -205,6 +205,20 @@ def from_transformer(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return renamed
 
 
+def starting_weights(transformer: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights from which the training of a `PictureKV` starts: a transformer's, but for values of zero.
+
+    The base has never seen such pictures: with values of its own it would be misled so badly that the first thing
+    learned is to turn the keys away, after which nothing else is.
+    """
+    weights = from_transformer(transformer.state_dict())
+    for name, value in weights.items():
+        if "to_qkv" in name:  # queries, keys and values by rows, and in single blocks the feed-forward layer after them
+            weights[name] = value.clone()
+            weights[name][2 * value.shape[1] : 3 * value.shape[1]] = 0
+    return weights
+
+
 _RENAMES = (
     ("timestep_embedder.linear_1", "timestep_embedder.0"),
     ("timestep_embedder.linear_2", "timestep_embedder.2"),

@@ -18,6 +18,9 @@ PROMPTS = ("a large red circle on a blue background", "a small yellow star on a 
 _WORDS = {"mask": ("mask",), "image": ("image", "picture", "photo"), "text": ("prompt", "text", "caption")}
 """What names of parameters tell of their types."""
 
+_NUMBERS = ("age", "amount", "b", "g", "r", "scale", "value", "weight")
+"""Names of parameters that published templates take numbers by."""
+
 _ANNOTATIONS = {"bool": "boolean", "int": "integer", "float": "number", "str": "text", "Image": "image"}
 _DEFAULTS = {bool: "boolean", int: "number", float: "number", str: "text"}  # 1 is as often meant as 1.0
 
@@ -44,7 +47,7 @@ def _guessed(spec: Input, annotation: Any) -> Input:
     kind = _ANNOTATIONS.get(told) or _DEFAULTS.get(type(spec.default)) or ""
     if not kind or kind == "image":
         named = [kind for kind, words in _WORDS.items() if any(word in spec.name.lower() for word in words)]
-        kind = named[0] if named else kind
+        kind = named[0] if named else kind or ("number" if spec.name.lower() in _NUMBERS else "")
     known = {"default": spec.default} if type(spec.default) in _DEFAULTS else {}
     if spec.default is None and kind in ("image", "mask", "text"):
         return Input(spec.name, kind, default=None)
