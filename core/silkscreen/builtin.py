@@ -47,8 +47,21 @@ def register_weight_sources() -> Mapping[str, Callable[[str], Path]]:
 @hookimpl
 def register_commands(group: click.Group) -> None:
     """The commands of `silkscreen`."""
-    from silkscreen.cli import bases, batch, generate, info, pack, show, sweep, train
+    from silkscreen.cli import (
+        bases,
+        batch,
+        check,
+        generate,
+        info,
+        new,
+        pack,
+        publish,
+        show,
+        sweep,
+        train,
+        wrap,
+    )
     from silkscreen.cli import list as listing
 
-    for module in (listing, info, bases, generate, show, batch, sweep, train, pack):
+    for module in (listing, info, bases, generate, show, batch, sweep, train, new, check, pack, wrap, publish):
         group.add_command(module.command)

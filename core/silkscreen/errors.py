@@ -42,6 +42,46 @@ class WeightsError(SilkscreenError):
     """Weights cannot be found or read, or are not those of the model."""
 
 
+class HubError(WeightsError):
+    """Something cannot be had from a hub, or sent to it; the classes derived from it tell why."""
+
+
+class NoSuchRepositoryError(HubError):
+    """A hub has no repository of a name, or none that may be seen."""
+
+
+class NoSuchRevisionError(HubError):
+    """A repository has no branch, tag or commit of a name."""
+
+
+class NoSuchFileError(HubError):
+    """A repository has no file or folder of a name."""
+
+
+class PermissionDeniedError(HubError):
+    """A hub does not let a repository be read or written."""
+
+
+class NetworkError(HubError):
+    """A hub cannot be reached, or the connection broke again and again."""
+
+
+class HubTimeoutError(NetworkError):
+    """A hub stopped answering."""
+
+
+class OfflineError(HubError):
+    """Something is not on this disk, and the network may not be asked."""
+
+
+class DiskFullError(HubError):
+    """There is no room for what is fetched."""
+
+
+class ChecksumError(HubError):
+    """What came is not what the hub says the file is."""
+
+
 class InputError(SilkscreenError):
     """A template input is missing, unknown, of the wrong type or out of range."""
 
@@ -72,3 +112,7 @@ class ProjectError(SilkscreenError):
 
 class PackError(SilkscreenError):
     """A template cannot be packed into a wheel, or the wheel does not hold what it should."""
+
+
+class PublishError(SilkscreenError):
+    """A template cannot be published as it is."""

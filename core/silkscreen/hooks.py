@@ -36,9 +36,10 @@ class HookSpecifications:
 
     @hookspec
     def register_weight_sources(self) -> Mapping[str, Callable[[str], Path]]:  # type: ignore[empty-body]
-        """Return prefixes of weight paths and, for each, what turns the rest of the path into a local file or folder.
+        """Return prefixes of sources and, for each, what turns the rest of a source into a local file or folder.
 
-        `{"hf": download}` makes `hf:owner/repo:file.safetensors` call `download("owner/repo:file.safetensors")`.
+        `{"hf": download}` makes the weight path `hf:owner/repo:file.safetensors` call
+        `download("owner/repo:file.safetensors")`, and the template or base `hf:owner/repo` `download("owner/repo")`.
         """
 
     @hookspec

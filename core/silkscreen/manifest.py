@@ -19,6 +19,14 @@ INPUT_TYPES = ("number", "integer", "boolean", "text", "choice", "image", "mask"
 """Types of template inputs. `any` is for inputs read from a signature, which does not tell; no manifest may use it."""
 
 
+EXAMPLE_PROMPT = "a large red circle on a blue background"
+"""What example commands draw: every base knows its words."""
+
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""What ends the name of a picture, where an input's type does not tell that it takes one."""
+
+
 class _Missing(enum.Enum):
     MISSING = "no value"
 
@@ -114,6 +122,22 @@ class Input:
             return f"at most {self.maximum:g}"
         return ""
 
+    @property
+    def example(self) -> str:
+        """A value as it may be typed on a command line."""
+        if self.type in ("image", "mask"):
+            return f"{self.name}.png"
+        if self.type == "number" and self.minimum is not None and self.maximum is not None:
+            return f"{self.minimum + 0.8 * (self.maximum - self.minimum):g}"
+        if self.choices:
+            return self.choices[0]
+        if not self.required and self.default not in ("", None):
+            return str(self.default).lower()
+        if self.type in ("number", "integer"):
+            bound = self.minimum if self.minimum is not None else self.maximum
+            return "1" if bound is None else f"{bound:g}"
+        return "true" if self.type == "boolean" else '""'
+
     def parse(self, text: str) -> Any:
         """Turn what was typed on a command line into a value.
 
@@ -137,6 +161,8 @@ class Input:
         if self.type in ("image", "mask"):
             return PictureFile.at(Path(text), self.name)
         if self.type == "any":
+            if Path(text).suffix.lower() in PICTURE_SUFFIXES:
+                return PictureFile.at(Path(text), self.name)
             try:
                 return tomllib.loads(f"value = {text}")["value"]
             except tomllib.TOMLDecodeError:
@@ -167,6 +193,8 @@ class Input:
                 return value.open(self.name, "L" if self.type == "mask" else "RGB")
             if not isinstance(value, Image.Image):
                 raise self._mismatch(value)
+        if self.type == "any" and isinstance(value, PictureFile):
+            return value.open(self.name, "RGB")
         return value
 
     def _check_number(self, value: Any) -> float | int:
@@ -277,6 +305,12 @@ def check_values(inputs: Mapping[str, Input], values: Mapping[str, Any]) -> dict
         elif spec.default is not None:
             checked[name] = spec.default
     return checked
+
+
+def example_command(template: str, inputs: Mapping[str, Input]) -> str:
+    """Return a command that draws with a template; its pictures are files of the inputs' names."""
+    words = [f"{spec.name}={spec.example}" for spec in inputs.values()]
+    return " ".join(["silkscreen generate", repr(EXAMPLE_PROMPT), "-t", template, *words, "-o picture.png"])
 
 
 def unknown_name(kind: str, name: str, known: Mapping[str, Any] | list[str]) -> str:

@@ -27,7 +27,7 @@ from silkscreen.flux2.loading import base_of
 from silkscreen.flux2.turns import in_turn
 from silkscreen.lru import LRU
 from silkscreen.manifest import CONTROLS, MISSING, check_values, unknown_name
-from silkscreen.template import Template, find_template
+from silkscreen.template import Template, find_template, missing_packages_named
 
 TemplateInput = Mapping[str, Any]
 """The values for one template: `{"model_id": "brightness", "scale": 0.8}`."""
@@ -259,8 +259,10 @@ class TemplatePipeline:
             return kept
         model = self._model(template, context, files)
         before = random_state(context.device)
-        processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
-        cache = TemplateCache.from_result(model(pipe=context, **processed), template.name)
+        with missing_packages_named(template.name, template.origin):
+            processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
+            result = model(pipe=context, **processed)
+        cache = TemplateCache.from_result(result, template.name)
         cache.check(context.base)
         part = Part(template.name, template.origin, {file.name: file for file in files}, inputs)
         cache = dataclasses.replace(cache, base=context.base.id, parts=(part,))

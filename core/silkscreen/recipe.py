@@ -306,7 +306,7 @@ def _read_values(values: dict[str, Any], inputs: Mapping[str, Input] | None, fol
         if isinstance(value, list)
         else _picture(key, value, folder)
         for key, value in values.items()
-        if key in known and known[key].type in ("image", "mask")
+        if (key in known and known[key].type in ("image", "mask")) or (inputs is None and isinstance(value, Mapping))
     }
     values |= pictures
     controls = {key: values.pop(key) for key in CONTROLS if key in values}

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,23 +86,57 @@ def find(group: str, name: str) -> Entry:
 
 
 def manifest(template: str) -> Manifest | None:
-    """Return the manifest of a template, named or a folder, without importing it; None when it has none.
+    """Return the manifest of a template, named, a folder or a source, without importing it; None when it has none.
 
     Raises:
         UnknownNameError, UnavailableError: no template of that name can be used.
+        WeightsError: the source cannot be had.
         ManifestError: the folder's is wrong.
     """
-    if is_folder(template):
-        path = Path(template) / "template.toml"
+    folder = template_folder(template)
+    if folder is not None:
+        path = folder / "template.toml"
         return read_manifest(path) if path.is_file() else None
     return find(TEMPLATES, template).manifest
 
 
-def is_folder(template: str) -> bool:
-    """Whether a template is named by a folder rather than as installed; an installed one wins over a folder beside."""
-    if "/" in template:
-        return True
-    return (Path(template) / "model.py").is_file() and all(entry.name != template for entry in entries(TEMPLATES))
+def template_folder(template: str) -> Path | None:
+    """Return the folder that a template is named by, or its source is fetched to; None when it is named as installed.
+
+    An installed one wins over a folder beside.
+
+    Raises:
+        WeightsError: the source cannot be had.
+    """
+    if is_source(template):
+        return fetch(template)
+    is_path = "/" in template or (
+        (Path(template) / "model.py").is_file() and all(entry.name != template for entry in entries(TEMPLATES))
+    )
+    return Path(template) if is_path else None
+
+
+def is_source(reference: str) -> bool:
+    """Whether something is named by a source that a plugin registers, as `hf:owner/repo`."""
+    return reference.partition(":")[0] in sources() and ":" in reference
+
+
+def fetch(source: str) -> Path:
+    """Return the local copy of what a source names.
+
+    Raises:
+        WeightsError: it cannot be had.
+    """
+    scheme, _, rest = source.partition(":")
+    return sources()[scheme](rest)
+
+
+def sources() -> dict[str, Callable[[str], Path]]:
+    """Return the prefixes of sources that plugins register, and what turns the rest into a local file or folder."""
+    found: dict[str, Callable[[str], Path]] = {}
+    for registered in plugin_manager().hook.register_weight_sources():
+        found |= registered
+    return found
 
 
 @cache

@@ -11,8 +11,12 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +31,10 @@ from silkscreen.files import sha256
 from silkscreen.manifest import CONTROLS, Input, Manifest, read_manifest
 from silkscreen.weights import TensorFile
 
+_logger = logging.getLogger(__name__)
 _NOT_INPUTS = ("self", "pipe")
+_DISTRIBUTIONS = {"cv2": "opencv-python", "skimage": "scikit-image", "sklearn": "scikit-learn"}
+"""Packages that are installed by another name than they are imported by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +102,8 @@ class Template:
 
     def construct(self, base_id: str) -> nn.Module:
         """Return a new model for a base, without weights."""
-        model: nn.Module = self.module.TEMPLATE_MODEL(**self.config(base_id))
+        with missing_packages_named(self.name, self.origin):
+            model: nn.Module = self.module.TEMPLATE_MODEL(**self.config(base_id))
         return model
 
     def load(self, base_id: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
@@ -148,23 +156,28 @@ class Template:
 
 
 def find_template(name: str | Path | Template, *, trust_code: bool = False) -> Template:
-    """Return the template of an installed name, or of a folder with a `model.py`.
+    """Return the template of an installed name, or of a folder or repository with a `model.py`.
 
     Args:
-        name: a name that `silkscreen list` shows, `distribution:name`, or a path to a folder.
-        trust_code: allow a folder's `model.py` to be executed.
+        name: a name that `silkscreen list` shows, `distribution:name`, a path to a folder, or a source such as
+            `modelscope:owner/repo@revision`, which is fetched; its template is called as the repository is.
+        trust_code: allow a folder's or repository's `model.py` to be executed.
 
     Raises:
         UnknownNameError, UnavailableError: no such template can be used.
-        UntrustedCodeError: it is a folder, and `trust_code` is not given.
+        WeightsError: the source cannot be had.
+        UntrustedCodeError: it is a folder or source, and `trust_code` is not given.
         ContractError: the module cannot be imported or breaks the contract.
     """
     if isinstance(name, Template):
         return name
-    if isinstance(name, Path) or registry.is_folder(name):
-        template = _from_folder(Path(name), trust_code)
+    folder = name if isinstance(name, Path) else registry.template_folder(name)
+    if folder is None:
+        template = _from_entry(registry.find(registry.TEMPLATES, str(name)), str(name))
     else:
-        template = _from_entry(registry.find(registry.TEMPLATES, name), name)
+        template = _from_folder(folder, trust_code)
+        if isinstance(name, str) and registry.is_source(name):
+            template = dataclasses.replace(template, name=_name_in(name), origin=name)
     return _checked(template)
 
 
@@ -177,18 +190,43 @@ def import_template(entry: registry.Entry) -> Template:
     return _checked(_from_entry(entry, entry.name))
 
 
+@contextmanager
+def missing_packages_named(template: str, origin: str) -> Iterator[None]:
+    """Say how to install a package that a template's code imports and that is not installed.
+
+    Raises:
+        ContractError: there is such a package.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or find_spec(package) is not None:  # it is there, but lacks a module
+            raise
+        distribution = _DISTRIBUTIONS.get(package, package)
+        problem = f"{origin}: it imports {error.name}, which is not installed: pip install {distribution}"
+        raise ContractError(template, [problem]) from error
+
+
 def require_trust(folder: Path, module: Path, trust_code: bool) -> None:
-    """Refuse to go on unless the code of a template folder is trusted.
+    """Refuse to go on unless the code of a template folder is trusted; the file and its SHA-256 are shown or logged.
 
     Raises:
         UntrustedCodeError: `trust_code` is not given; the message has the file's sha256.
     """
+    digest = sha256(module)
     if not trust_code:
-        digest = sha256(module)
         raise UntrustedCodeError(
             f"using {folder} as a template executes the code in {module} (sha256 {digest}). "
             "If you have read it and trust it, pass trust_code=True, or --trust-code on the command line"
         )
+    _tell(module, digest)
+
+
+@cache
+def _tell(module: Path, digest: str) -> None:
+    """Log, once, that code is run."""
+    _logger.info("running %s (sha256 %s)", module, digest)
 
 
 def _checked(template: Template) -> Template:
@@ -273,12 +311,21 @@ def _is_by_base(value: Any, paths: Any) -> bool:
 def _from_entry(entry: registry.Entry, name: str) -> Template:
     origin = f"{entry.distribution} {entry.version}"
     try:
-        module = importlib.import_module(entry.module)
+        with missing_packages_named(name, origin):
+            module = importlib.import_module(entry.module)
+    except ContractError:
+        raise
     except Exception as error:  # whatever a stranger's module raises
         problem = f"{origin}: importing {entry.module} raised {type(error).__name__}: {error}"
         raise ContractError(name, [problem]) from error
     folder = entry.folder or Path(module.__file__ or ".").parent
     return Template(name, module, folder, origin, entry.manifest)
+
+
+def _name_in(source: str) -> str:
+    """Return the last part of the path in a source, or of the repository where it has no path."""
+    repo, _, path = source.partition(":")[2].partition(":")
+    return (path.rstrip("/") or repo.partition("@")[0]).rpartition("/")[2]
 
 
 def _from_folder(folder: Path, trust_code: bool) -> Template:
@@ -297,9 +344,12 @@ def _from_folder(folder: Path, trust_code: bool) -> Template:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         try:
-            spec.loader.exec_module(module)
+            with missing_packages_named(str(folder), str(path)):
+                spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
+            if isinstance(error, ContractError):
+                raise
             raise ContractError(str(folder), [f"{path} raised {type(error).__name__}: {error}"]) from error
     manifest_path = folder / "template.toml"
     try:

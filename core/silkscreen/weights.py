@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -38,13 +39,10 @@ def locate(reference: str, folder: Path) -> Path:
         WeightsError: the path is absolute, leaves the folder or does not exist; the source is unknown.
     """
     if is_source(reference):
-        scheme, _, rest = reference.partition(":")
-        sources: dict[str, Callable[[str], Path]] = {}
-        for registered in registry.plugin_manager().hook.register_weight_sources():
-            sources |= registered
-        if scheme not in sources:
-            raise WeightsError(f"weight path {reference!r}: {unknown_name('source', scheme, sources)}")
-        return sources[scheme](rest)
+        if not registry.is_source(reference):
+            scheme = reference.partition(":")[0]
+            raise WeightsError(f"weight path {reference!r}: {unknown_name('source', scheme, registry.sources())}")
+        return registry.fetch(reference)
     path = inside(reference, folder)
     if not path.exists():
         raise WeightsError(f"weight path {reference!r}: there is no {path}")
@@ -65,7 +63,8 @@ def inside(reference: str, folder: Path) -> Path:
     if _is_absolute(reference):
         raise WeightsError(f"weight path {reference!r} is absolute: make it relative to {folder}")
     path = folder / reference
-    if not path.resolve().is_relative_to(folder.resolve()):
+    # by its name: a hub's cache links each file of a folder to where its content is
+    if not Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder)):
         raise WeightsError(f"weight path {reference!r} leaves {folder}: move the file into the folder")
     return path
 

@@ -145,9 +145,12 @@ class PictureKV(nn.Module):
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(dim, num_attention_heads, mlp_ratio) for _ in range(num_single_layers)
         )
-        # In the published files too, but never run: only keys and values leave this copy.
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, bias=False)
         self.proj_out = nn.Linear(dim, in_channels, bias=False)
+        # In the published files too, but of no effect, and so not to be trained: only keys and values leave this copy.
+        last = self.single_transformer_blocks[-1]
+        for unused in (self.norm_out, self.proj_out, last.norm_q, last.to_out):
+            unused.requires_grad_(False)
 
     def keys_and_values(self, latents: Sequence[torch.Tensor], prompt_embeds: torch.Tensor) -> dict[str, KV]:
         """Collect each block's keys and values.
@@ -200,6 +203,20 @@ def from_transformer(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.
         fused = name.replace("attn.to_q", "img_to_qkv").replace("attn.add_q_proj", "txt_to_qkv")
         renamed[fused] = torch.cat([query, key, value])
     return renamed
+
+
+def starting_weights(transformer: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights from which the training of a `PictureKV` starts: a transformer's, but for values of zero.
+
+    The base has never seen such pictures: with values of its own it would be misled so badly that the first thing
+    learned is to turn the keys away, after which nothing else is.
+    """
+    weights = from_transformer(transformer.state_dict())
+    for name, value in weights.items():
+        if "to_qkv" in name:  # queries, keys and values by rows, and in single blocks the feed-forward layer after them
+            weights[name] = value.clone()
+            weights[name][2 * value.shape[1] : 3 * value.shape[1]] = 0
+    return weights
 
 
 _RENAMES = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import shutil
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from silkscreen.authoring.process import run
 from silkscreen.authoring.project import (
     Project,
     create_project,
+    import_project,
     normalised,
     plan_project,
     project_of,
@@ -32,7 +32,7 @@ from silkscreen.bases import find_base
 from silkscreen.errors import PackError, WeightsError
 from silkscreen.files import sha256
 from silkscreen.manifest import unknown_name
-from silkscreen.template import Template, find_template, import_template, require_trust
+from silkscreen.template import Template, find_template
 from silkscreen.training import checkpoints
 
 
@@ -220,28 +220,13 @@ def _find(template: str | Path, name: str | None, folder: Path | None, trust_cod
             )
     else:
         project = read_project(path, name) if has_project else project_of(path, name)
-        found = _import(project, trust_code) if project else find_template(path, trust_code=trust_code)
+        found = import_project(project, trust_code) if project else find_template(path, trust_code=trust_code)
     if project is None:
         name = normalised(name or found.name)
         return found, plan_project(folder or path.resolve().parent / f"silkscreen-{name}", name)
     if folder is not None:
         raise PackError(f"--project {folder}: the template has a project already, {project.folder}")
     return found, project
-
-
-def _import(project: Project, trust_code: bool) -> Template:
-    """Import the template of a project that need not be installed."""
-    require_trust(project.package, project.module_file, trust_code)
-    root = str(project.root.resolve())
-    sys.path.insert(0, root)
-    try:
-        importlib.invalidate_caches()
-        template = import_template(project.entry())
-    finally:
-        sys.path.remove(root)
-    if not Path(template.module.__file__ or "").resolve().is_relative_to(root):
-        raise PackError(f"{project.module} was imported from {template.module.__file__} before: pack in a new process")
-    return template
 
 
 def _weight_path(template: Template, base_id: str) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import shutil
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from silkscreen import registry
 from silkscreen.errors import ProjectError
 from silkscreen.manifest import read_manifest, unknown_name
+from silkscreen.template import Template, import_template, require_trust
 
 _PYPROJECT = """\
 [build-system]
@@ -25,15 +28,15 @@ name = "{distribution}"
 version = "0.1.0"
 description = {summary}
 requires-python = ">=3.11"
-dependencies = ["silkscreen>=0.1,<1"]
-
+dependencies = {requires}
+{metadata}
 [project.entry-points."{group}"]
 {name} = "{module}"
 
 [tool.hatch.build.targets.wheel]
 packages = ["src/{package}"]
 artifacts = ["*.safetensors"]
-"""
+{tool}"""
 """`artifacts` keeps weights in the wheel where a `.gitignore` keeps them out of the repository."""
 
 
@@ -137,15 +140,50 @@ def plan_project(folder: Path, name: str) -> Project:
     )
 
 
+def import_project(project: Project, trust_code: bool) -> Template:
+    """Import the template of a project, which need not be installed.
+
+    Raises:
+        UntrustedCodeError: `trust_code` is not given.
+        ContractError: the module cannot be imported or breaks the contract.
+        ProjectError: another module of its name was imported before.
+    """
+    require_trust(project.package, project.module_file, trust_code)
+    root = str(project.root.resolve())
+    sys.path.insert(0, root)
+    try:
+        importlib.invalidate_caches()
+        template = import_template(project.entry())
+    finally:
+        sys.path.remove(root)
+    if not Path(template.module.__file__ or "").resolve().is_relative_to(root):
+        raise ProjectError(
+            f"{project.module} was imported from {template.module.__file__} before: use a new process for this one"
+        )
+    return template
+
+
 def create_project(
-    project: Project, files: Mapping[str, str | Path], *, summary: str = "", overwrite: bool = False
+    project: Project,
+    files: Mapping[str, str | Path],
+    *,
+    beside: Mapping[str, str | Path] | None = None,
+    summary: str = "",
+    metadata: Mapping[str, str | dict[str, str]] | None = None,
+    requires: Sequence[str] = (),
+    tool: Mapping[str, str] | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a project: a `pyproject.toml` for hatchling with its entry point, and a package of the files given.
 
     Args:
         project: what `plan_project` returned.
         files: the files of the package by their path in it, each a text or a file to copy.
+        beside: files of the project folder, likewise.
         summary: what the template does, in a sentence.
+        metadata: more keys of `[project]`, such as `readme`.
+        requires: what it needs beside Silkscreen.
+        tool: keys of `[tool.silkscreen]`.
         overwrite: replace files that exist.
 
     Raises:
@@ -153,16 +191,21 @@ def create_project(
     """
     pyproject = _PYPROJECT.format(
         distribution=project.distribution,
-        summary=json.dumps(summary or f"{project.name}: a Silkscreen template.", ensure_ascii=False),
+        summary=_toml(summary or f"{project.name}: a Silkscreen template."),
         group=registry.TEMPLATES,
         name=project.name,
         module=project.module,
         package=project.package.name,
+        requires=_toml(["silkscreen>=0.1,<1", *requires]),
+        metadata="".join(f"{key} = {_toml(value)}\n" for key, value in (metadata or {}).items()),
+        tool="\n[tool.silkscreen]\n" * bool(tool)
+        + "".join(f"{key} = {_toml(value)}\n" for key, value in (tool or {}).items()),
     )
     contents = {"__init__.py": f'"""The {project.name} template."""\n', **files}
     targets = {
         project.folder / "pyproject.toml": pyproject,
         **{project.package / path: content for path, content in contents.items()},
+        **{project.folder / path: content for path, content in (beside or {}).items()},
     }
     existing = [path for path in targets if path.exists()]
     if existing and not overwrite:
@@ -188,6 +231,13 @@ def normalised(name: str) -> str:
     if not result:
         raise ProjectError(f"{name!r} makes no name for a template: choose one of letters, digits and hyphens")
     return result
+
+
+def _toml(value: str | list[str] | dict[str, str]) -> str:
+    """Write a value on one line; TOML has text and lists as JSON does."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(each)}" for key, each in value.items()) + " }"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _declared(folder: Path) -> dict[str, Project]:

@@ -78,7 +78,7 @@ def prove(
         _check_origin(fresh, name, *packed)
         progress(f"installed: {name} is listed as ok, with the weights packed")
         words, missing = _input_words(template, inputs, fresh.folder)
-        obstacle = _obstacle(base_id) or missing
+        obstacle = obstacle_to(base_id) or missing
         if obstacle:
             progress(f"nothing is drawn: {obstacle}")
             return None
@@ -193,7 +193,7 @@ def _check_origin(fresh: Environment, name: str, inner: str, digest: str) -> Non
         raise PackError(f"{inner} is installed with other weights than those packed")
 
 
-def _obstacle(base_id: str) -> str:
+def obstacle_to(base_id: str) -> str:
     """Return why a base cannot draw here without a download; empty when it can."""
     base = known_bases().get(base_id)
     if base is None:

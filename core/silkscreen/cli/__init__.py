@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,10 +13,21 @@ from silkscreen import __version__, registry
 from silkscreen.errors import SilkscreenError
 
 
+class _Echo(logging.Handler):
+    """Shows what the library logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
+
+
 class _CommandLine(click.Group):
     """Takes its commands from plugins, and shows our own errors as a message rather than a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        logger = logging.getLogger("silkscreen")
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(handler, _Echo) for handler in logger.handlers):
+            logger.addHandler(_Echo())
         try:
             return super().invoke(ctx)
         except (SilkscreenError, FileExistsError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from silkscreen.cli.offline_option import offline_option
 from silkscreen.cli.template_option import trust_code_option
 
 
@@ -24,6 +25,7 @@ from silkscreen.cli.template_option import trust_code_option
 )
 @click.option("--overwrite", is_flag=True, help="Replace pictures that have another recipe than their row's.")
 @trust_code_option
+@offline_option
 def command(file: Path, base: str, seed: int, output: Path, overwrite: bool, trust_code: bool) -> None:
     """Draw a picture for each row of FILE, a JSON object a line.
 

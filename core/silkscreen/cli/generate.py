@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from silkscreen.cli.offline_option import offline_option
 from silkscreen.cli.template_option import (
     TemplateCommand,
     bare_negative_option,
@@ -20,7 +21,7 @@ from silkscreen.cli.template_option import (
 
 @click.command("generate", cls=TemplateCommand)
 @click.argument("prompt", required=False)
-@click.option("--base", help="Id of a base, or a folder in diffusers' layout.  [default: flux2-tiny]")
+@click.option("--base", help="Id of a base, a folder in diffusers' layout, or hf:owner/repo.  [default: flux2-tiny]")
 @template_option
 @negative_option
 @bare_negative_option
@@ -42,6 +43,7 @@ from silkscreen.cli.template_option import (
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @trust_code_option
+@offline_option
 def command(
     prompt: str | None,
     base: str | None,
@@ -74,6 +76,8 @@ def command(
       silkscreen generate "a large red circle on a blue background" \\
           -t brightness scale=0.8 --negative brightness scale=0.3 -n 4 -o circle.png
       silkscreen generate --like circle.png --seed 7 -o other.png
+      silkscreen generate "a small green star on a purple background" \\
+          -t modelscope:owner/repo scale=0.8 --trust-code -o star.png
 
     What a template takes: silkscreen info NAME.
     """

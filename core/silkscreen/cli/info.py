@@ -9,9 +9,7 @@ import click
 
 from silkscreen import registry
 from silkscreen.cli.table import print_table
-from silkscreen.manifest import MISSING, Input
-
-_PROMPT = "a large red circle on a blue background"
+from silkscreen.manifest import MISSING, example_command
 
 
 @click.command("info")
@@ -49,22 +47,11 @@ def command(name: str) -> None:
         click.echo("\nweights:")
         for path in sorted(entry.folder.rglob("*.safetensors")):
             click.echo(f"  {path.relative_to(entry.folder)}  {path.stat().st_size / 1e6:.1f} MB, {_parameters(path)}")
-    values = " ".join(f"{spec.name}={_example(spec)}" for spec in inputs)
-    click.echo(f"\nexample:\n  silkscreen generate {_PROMPT!r} -t {entry.name} {values} -o picture.png")
+    click.echo(f"\nexample:\n  {example_command(entry.name, {spec.name: spec for spec in inputs})}")
 
 
 def _value(value: object) -> str:
     return "" if value is MISSING else str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _example(spec: Input) -> str:
-    if spec.type in ("image", "mask"):
-        return f"{spec.name}.png"
-    if spec.type == "number" and spec.minimum is not None and spec.maximum is not None:
-        return f"{spec.minimum + 0.8 * (spec.maximum - spec.minimum):g}"
-    if spec.choices:
-        return spec.choices[0]
-    return '""' if spec.required or spec.default == "" else str(spec.default).lower()
 
 
 def _parameters(path: Path) -> str:

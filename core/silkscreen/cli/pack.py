@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from silkscreen.cli.offline_option import offline_option
+
 
 @click.command("pack")
 @click.argument("template")
@@ -50,6 +52,7 @@ import click
     help="Where the picture drawn with the installed wheel is kept.",
 )
 @click.option("--trust-code", is_flag=True, help="Let the code of a template named by a folder run.")
+@offline_option
 def command(
     template: str,
     checkpoint: Path,

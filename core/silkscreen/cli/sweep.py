@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from silkscreen.cli.generate import check_output
+from silkscreen.cli.offline_option import offline_option
 from silkscreen.cli.template_option import (
     TemplateCommand,
     bare_negative_option,
@@ -48,6 +49,7 @@ from silkscreen.errors import SilkscreenError
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 @trust_code_option
+@offline_option
 def command(
     prompts: tuple[str, ...],
     base: str,

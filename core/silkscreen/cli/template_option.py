@@ -31,7 +31,9 @@ negative_option = click.option(
     help="The same for the negative side of guidance.  [default: the templates' own negative values]",
 )
 bare_negative_option = click.option("--bare-negative", is_flag=True, help="No templates on the negative side.")
-trust_code_option = click.option("--trust-code", is_flag=True, help="Let the code of templates named by a folder run.")
+trust_code_option = click.option(
+    "--trust-code", is_flag=True, help="Let the code of templates named by a folder or a hub's repository run."
+)
 
 
 class TemplateCommand(click.Command):

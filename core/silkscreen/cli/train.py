@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from silkscreen.cli.offline_option import offline_option
 from silkscreen.training.config import TrainingConfig
 
 
@@ -69,6 +70,7 @@ def _read_config(context: click.Context, parameter: click.Parameter, path: Path 
     help="A TOML file of these options, by their names; what is given on the command line wins.",
 )
 @_options
+@offline_option
 def command(**options: Any) -> None:
     """Train a template.
 

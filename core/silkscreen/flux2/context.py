@@ -16,6 +16,7 @@ from PIL import Image
 
 from silkscreen.bases import Base
 from silkscreen.content import content, nbytes
+from silkscreen.errors import InputError
 from silkscreen.flux2.loading import base_of
 from silkscreen.flux2.replacing import method_replaced
 from silkscreen.lru import LRU
@@ -119,7 +120,14 @@ class _Encoder:
         self._pipe = pipe
 
     def encode(self, image: torch.Tensor) -> torch.Tensor:
-        """Map pictures (B, 3, H, W) in [-1, 1] to patchified, normalised latents (B, 4 channels, H/16, W/16)."""
+        """Map pictures (B, 3, H, W) in [-1, 1] to patchified, normalised latents (B, 4 channels, H/16, W/16).
+
+        Raises:
+            InputError: height or width is no multiple of 16.
+        """
+        height, width = image.shape[-2:]
+        if height % 16 or width % 16:
+            raise InputError(f"a picture of {width}x{height} cannot be encoded: crop or scale it to multiples of 16")
         vae = self._pipe.vae
         with torch.no_grad():
             moments = vae.encode(image.to(get_module_execution_device(vae), vae.dtype)).latent_dist.mode()

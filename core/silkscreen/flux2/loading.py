@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from silkscreen import weights
+from silkscreen import registry, weights
 from silkscreen.bases import Base, Geometry, find_base, known_bases
 from silkscreen.errors import BaseError, PipelineError
 
@@ -26,7 +26,7 @@ def load_base(
     """Load a base.
 
     Args:
-        base: the id of a known base, or a folder in diffusers' layout.
+        base: the id of a known base, a folder in diffusers' layout, or a source of one (`hf:owner/repo@revision`).
         dtype: of the weights; by default float32 on a CPU and bfloat16 on an accelerator.
         device: by default the accelerator, or the CPU where there is none.
         without: components that are not loaded, and are None in the pipeline.
@@ -36,6 +36,7 @@ def load_base(
 
     Raises:
         UnknownNameError: there is no such base.
+        WeightsError: it cannot be fetched.
         BaseError: it cannot be loaded; the component is named.
     """
     device = torch.device(device) if device is not None else default_device()
@@ -48,12 +49,15 @@ def load_base(
 
 
 def describe_base(base: str | Path) -> Base:
-    """Return the base of an id or in a folder.
+    """Return the base of an id, in a folder, or of a source such as `modelscope:owner/repo`, which is fetched.
 
     Raises:
         UnknownNameError: there is no such base.
+        WeightsError: the source cannot be had.
         BaseError: the folder is not in diffusers' layout.
     """
+    if registry.is_source(str(base)):
+        return describe_folder(_fetch(str(base)))
     return describe_folder(Path(base)) if Path(base).is_dir() else find_base(str(base))
 
 
@@ -116,6 +120,16 @@ def describe_transformer(folder: Path) -> Base:
         return _like(Geometry.from_config(config), "Flux2KleinPipeline", False)
     except (OSError, ValueError, TypeError) as error:
         raise BaseError(f"{folder} holds no FLUX.2 transformer in diffusers' layout: {error}") from error
+
+
+def _fetch(source: str) -> Path:
+    """Fetch a base's components, and nothing else that a repository has, and return its folder."""
+    inside = source if ":" in source.partition(":")[2] else f"{source}:"
+    index = registry.fetch(f"{inside}model_index.json")
+    for name, value in json.loads(index.read_text(encoding="utf-8")).items():
+        if isinstance(value, list):
+            registry.fetch(f"{inside}{name}/")
+    return index.parent
 
 
 def _like(geometry: Geometry, pipeline: str, distilled: bool) -> Base:

@@ -41,7 +41,7 @@ class TrainingConfig:
         model_paths: folders of the base's models, as a JSON list; for files, the folders they are in.
         model_id_with_origin_paths: the base's models, by commas, as `ID:PATTERN`; ID is a folder or a hub's id.
         tokenizer_path: the tokenizer's folder, or `ID:FOLDER/`.
-        trust_code: accepted, and needed for nothing: to train a folder is to run its code.
+        trust_code: let the code of a hub's repository run; a folder's runs without: to train it is to run it.
         task: `sft` trains; `sft:data_process` only encodes the rows, into `output_path`; `sft:train` trains on what it
             encoded, named by `dataset_base_path`, without VAE and text encoder in memory.
         no_cache: encode every row anew in every epoch.

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from silkscreen import weights
+from silkscreen import registry, weights
 from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import TrainingError
 from silkscreen.files import replacing
@@ -114,7 +114,8 @@ class _Run:
         self.config = config
         self.accelerator = _make_accelerator(config)
         self.device = self.accelerator.device
-        self.template = find_template(config.template_model_id_or_path, trust_code=True)
+        named = config.template_model_id_or_path
+        self.template = find_template(named, trust_code=config.trust_code or not registry.is_source(named))
         base = training_base(config)
         split = config.task == "sft:train"
         self.prompts = validation.read_prompts(config.validation_prompts) if config.validation_prompts else []
@@ -460,7 +461,7 @@ class _Run:
                 pipe=self.context,
                 use_gradient_checkpointing=self.config.use_gradient_checkpointing,
                 use_gradient_checkpointing_offload=self.config.use_gradient_checkpointing_offload,
-                **_stacked([example.processed for example in examples]),
+                **stacked([example.processed for example in examples]),
             )
         cache = TemplateCache.from_result(result, self.template.name)
         if cache.arguments:
@@ -663,7 +664,7 @@ def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Join what `process_inputs` returned for each row: tensors along the batch, equal values as they are."""
     joined: dict[str, Any] = {}
     for key in processed[0]:
