@@ -245,7 +245,10 @@ class _UpdatedLinear(nn.Module):
         low = _project(x, a)
         if self.weights is not None:
             low = low * self.weights.over(x.shape[1]).to(low.device, low.dtype)
-        return y + _project(low, b).to(y.dtype)
+        if b.ndim == 3 or low.dtype != y.dtype:
+            return y + _project(low, b).to(y.dtype)
+        add = torch.Tensor.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_  # in place, y being ours alone
+        return add(y.flatten(0, -2), low.flatten(0, -2), b.to(y.device, y.dtype).T).view_as(y)
 
 
 def _project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -93,8 +93,7 @@ class DoubleBlockProcessor(_TemplateProcessor):
         key = torch.cat([attn.norm_added_k(text_key), attn.norm_k(key)], dim=1)
         value = torch.cat([text_value, value], dim=1)
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            query, key = _rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb)
         hidden = self.attend(query, key, value, kv, attention_mask)
         text, picture = hidden.tensor_split([text_query.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](picture)), attn.to_add_out(text)
@@ -115,17 +114,27 @@ class SingleBlockProcessor(_TemplateProcessor):
         if kv is None:
             return self.original(attn, hidden_states, attention_mask, image_rotary_emb)
         projected = attn.to_qkv_mlp_proj(hidden_states)
-        feed_forward_size = attn.mlp_hidden_dim * attn.mlp_mult_factor
-        share = 3 * attn.inner_dim / (3 * attn.inner_dim + feed_forward_size)  # of what this rank holds
-        own = round(projected.shape[-1] * share)
-        qkv, feed_forward = projected.split([own, projected.shape[-1] - own], dim=-1)
-        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv.chunk(3, dim=-1))
+        whole = 3 * attn.inner_dim + attn.mlp_hidden_dim * attn.mlp_mult_factor
+        own = projected.shape[-1] * attn.inner_dim // whole  # of what this rank holds
+        half = (projected.shape[-1] - 3 * own) // 2
+        *qkv, gate, gated = projected.split([own, own, own, half, half], dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv)
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+            query, key = _rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb)
         hidden = self.attend(query, key, value, kv, attention_mask)
-        return attn.to_out(torch.cat([hidden, attn.mlp_act_fn(feed_forward)], dim=-1))
+        # the gate of mlp_act_fn: its slices of slices would cost the backward pass a sum of tensors full of zeros
+        return attn.to_out(torch.cat([hidden, attn.mlp_act_fn.gate_fn(gate) * gated], dim=-1))
+
+
+def _rotate(x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Apply RoPE to (B, N, H, D) as one complex product, which takes half the passes over x and keeps no copy of it."""
+    if torch.compiler.is_compiling():  # it fuses real products, and has none for complex numbers
+        rotated: torch.Tensor = apply_rotary_emb(x, rotary_emb, sequence_dim=1)
+        return rotated
+    cos, sin = (part[:, None, ::2].to(x.device) for part in rotary_emb)
+    turned = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 _PROCESSORS: dict[type, type[_TemplateProcessor]] = {
