@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import cpu_offload, init_empty_weights
+from accelerate.utils import OffloadedWeightsLoader
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -21,10 +22,17 @@ _BYTES_MAPPED_AT_ONCE = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """One safetensors file and the shapes of the tensors in it, by name."""
+    """One safetensors file and the shapes of the tensors in it, by name.
+
+    Attributes:
+        path: the file.
+        shapes: of the tensors, by the model's names.
+        names: the file's own names, by the model's, where these are others.
+    """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def locate(reference: str, folder: Path) -> Path:
@@ -131,6 +139,29 @@ def load(
         model = construct()
         _assign(model, files, dtype, device)
     return model.to(device)
+
+
+def stream(model: nn.Module, files: Sequence[TensorFile], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Let an empty model's weights stay in their files, which have to fit it.
+
+    A module's parameters are read, converted and put on the device when it runs, and dropped again: memory never holds
+    more than one module's. Parameters are only there while the module that owns them runs.
+    """
+    index = {
+        name: {"safetensors_file": str(file.path), "weight_name": file.names.get(name, name)}
+        for file in files
+        for name in file.shapes
+    }
+    held = OffloadedWeightsLoader(index=index)
+    model = model.to(dtype)
+    buffers = {name for name, _ in model.named_buffers()}
+    model.load_state_dict(
+        {name: held[name].to(value.dtype) for name, value in model.state_dict().items() if name in buffers},
+        strict=False,
+        assign=True,
+    )
+    cpu_offload(model, device, state_dict=held)
+    return model
 
 
 def _is_absolute(reference: str) -> bool:
