@@ -153,13 +153,12 @@ def stream(model: nn.Module, files: Sequence[TensorFile], *, dtype: torch.dtype,
         for name in file.shapes
     }
     held = OffloadedWeightsLoader(index=index)
-    model = model.to(dtype)
-    buffers = {name for name, _ in model.named_buffers()}
-    model.load_state_dict(
-        {name: held[name].to(value.dtype) for name, value in model.state_dict().items() if name in buffers},
-        strict=False,
-        assign=True,
-    )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    kept = {name for name, _ in model.named_buffers()} & index.keys()  # the others are made by the constructor
+    buffers = {name: held[name] for name in kept}
+    buffers = {name: value.to(dtype) if value.is_floating_point() else value for name, value in buffers.items()}
+    model.load_state_dict(buffers, strict=False, assign=True)
     cpu_offload(model, device, state_dict=held)
     return model
 

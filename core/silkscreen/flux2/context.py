@@ -17,6 +17,7 @@ from PIL import Image
 from silkscreen.bases import Base
 from silkscreen.content import content, nbytes
 from silkscreen.flux2.loading import base_of
+from silkscreen.flux2.placing import offload_of
 from silkscreen.flux2.replacing import method_replaced
 from silkscreen.lru import LRU
 
@@ -30,6 +31,7 @@ class TemplateContext:
     Attributes:
         base: the base that is driven.
         torch_dtype, device: what the template should compute in and on.
+        offload: where the base's weights are while they do not run.
         tokenizer, text_encoder: the base's own.
         vae: its VAE, whose `encode` gives latents as the transformer takes them.
         units: helpers that templates of the field look up by class name.
@@ -40,6 +42,7 @@ class TemplateContext:
         self.base: Base = base_of(pipe)
         self.torch_dtype: torch.dtype = pipe.transformer.dtype
         self.device: torch.device = pipe._execution_device
+        self.offload = offload_of(pipe)
         self.vae = _Encoder(pipe)
         self.units = [Flux2Unit_Qwen3PromptEmbedder()]
 

@@ -20,6 +20,11 @@ COMPONENTS = ("transformer", "text_encoder")
 
 _PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
+_BYTES: Mapping[str | None, float] = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 4 / 64}
+"""Of a number of a quantized layer; for nf4, 64 of them share a scale of 4 bytes."""
+
+_LEFT_ALONE = ("proj_out", "lm_head")
+
 
 def parse_quantize(quantize: str | Mapping[str, str] | None, device: torch.device) -> dict[str, str]:
     """Return the kind of each component that is to be quantized.
@@ -73,3 +78,21 @@ def store_as_float8(model: nn.Module, dtype: torch.dtype) -> None:
         model.enable_layerwise_casting(torch.float8_e4m3fn, dtype)  # type: ignore[operator]
         return
     apply_layerwise_casting(model, torch.float8_e4m3fn, dtype, ("norm", "embed_tokens", "lm_head"), (nn.Embedding,))
+
+
+def stored_bytes(model: nn.Module, kind: str | None, dtype: torch.dtype) -> int:
+    """Return the bytes that a model's weights and buffers take in a dtype, its layers quantized.
+
+    Without a kind this is exact, with one as near as the package's own notes of scales allow.
+    """
+    seen: set[int] = set()
+    total = 0
+    for name, module in model.named_modules():
+        for parameter in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            plain = kind is None or not isinstance(module, nn.Linear) or name in _LEFT_ALONE
+            size = dtype.itemsize if parameter.is_floating_point() else parameter.itemsize
+            total += parameter.numel() * size if plain else round(parameter.numel() * _BYTES[kind])
+    return total
