@@ -47,8 +47,8 @@ def register_weight_sources() -> Mapping[str, Callable[[str], Path]]:
 @hookimpl
 def register_commands(group: click.Group) -> None:
     """The commands of `silkscreen`."""
-    from silkscreen.cli import bases, batch, generate, info, pack, show, sweep, train
+    from silkscreen.cli import bases, batch, generate, info, pack, plan, show, sweep, train
     from silkscreen.cli import list as listing
 
-    for module in (listing, info, bases, generate, show, batch, sweep, train, pack):
+    for module in (listing, info, bases, plan, generate, show, batch, sweep, train, pack):
         group.add_command(module.command)

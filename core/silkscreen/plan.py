@@ -266,9 +266,7 @@ class _Drawing:
         base_weights, template_weights = on_device(most)
         beside = 0 if device.type == "cpu" or offload == "disk" else sum(held.values())
         caches = self.caches if most.with_caches else 0
-        return Need(
-            self.dtype, offload, base_weights, template_weights, caches, most.activations, total(most), beside
-        )
+        return Need(self.dtype, offload, base_weights, template_weights, caches, most.activations, total(most), beside)
 
     def _phase(self, component: str, run: Callable[[], Any], *, with_caches: bool) -> None:
         with _counted() as counted:

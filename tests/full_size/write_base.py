@@ -56,7 +56,7 @@ def write_templates(folder: Path) -> None:
         files = write_weights(model, folder / name, "model", tied={})
         (folder / name / "model.py").write_text(
             f"from silkscreen_{name}.model import TEMPLATE_DATA_PROCESSOR, TEMPLATE_MODEL, TEMPLATE_MODEL_CONFIG\n"
-            f"TEMPLATE_MODEL_PATH = {({BASE_ID: files})!r}\n"
+            f"TEMPLATE_MODEL_PATH = { ({BASE_ID: files})!r}\n"
         )
 
 

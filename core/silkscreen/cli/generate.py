@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from silkscreen.cli.base_options import BaseOptions, base_options
 from silkscreen.cli.template_option import (
     TemplateCommand,
     bare_negative_option,
@@ -20,7 +21,6 @@ from silkscreen.cli.template_option import (
 
 @click.command("generate", cls=TemplateCommand)
 @click.argument("prompt", required=False)
-@click.option("--base", help="Id of a base, or a folder in diffusers' layout.  [default: flux2-tiny]")
 @template_option
 @negative_option
 @bare_negative_option
@@ -41,10 +41,10 @@ from silkscreen.cli.template_option import (
     help="Where the picture goes; with -n 3, out.png becomes out-0.png, out-1.png, out-2.png.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@base_options
 @trust_code_option
 def command(
     prompt: str | None,
-    base: str | None,
     templates: tuple[str, ...],
     negatives: tuple[str, ...],
     bare_negative: bool,
@@ -59,6 +59,7 @@ def command(
     save_recipe: Path | None,
     output: Path,
     overwrite: bool,
+    base_options: BaseOptions,
     trust_code: bool,
 ) -> None:
     """Draw PROMPT, under the control of templates.
@@ -74,6 +75,8 @@ def command(
       silkscreen generate "a large red circle on a blue background" \\
           -t brightness scale=0.8 --negative brightness scale=0.3 -n 4 -o circle.png
       silkscreen generate --like circle.png --seed 7 -o other.png
+      silkscreen generate "a small green star on a purple background" \\
+          --base black-forest-labs/FLUX.2-klein-4B --fit -o star.png
 
     What a template takes: silkscreen info NAME.
     """
@@ -83,7 +86,7 @@ def command(
     check_output([*paths, *([save_recipe] if save_recipe else [])], overwrite)
     given: dict[str, Any] = {
         "prompt": prompt,
-        "base": base,
+        "base": base_options.base,
         "seed": seed,
         "steps": steps,
         "guidance_scale": guidance_scale,
@@ -100,12 +103,12 @@ def command(
         raise click.UsageError("say a PROMPT, or give --like or --recipe")
     recipe = Recipe.load(source, **given) if source else Recipe.from_dict(given)
 
-    from silkscreen import TemplatePipeline, load_base
+    from silkscreen import TemplatePipeline
 
     loaded = TemplatePipeline(recipe.template_names, trust_code=trust_code)
     loaded.check_inputs(recipe.template_inputs)
     click.echo(f"loading {recipe.base}", err=True)
-    pipe = load_base(recipe.base)
+    pipe = base_options.load(recipe.base, loaded, recipe)
     recipe = recipe.completed(pipe, loaded)
     for index, path in enumerate(paths):
         one = dataclasses.replace(recipe, seed=recipe.seed + index)

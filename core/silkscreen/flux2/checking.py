@@ -144,9 +144,7 @@ def _named_as_in(model: Any, files: list[TensorFile]) -> list[TensorFile]:
         if any(copy in file.shapes for file in renamed):
             continue
         renamed = [
-            TensorFile(
-                file.path, {**file.shapes, copy: file.shapes[source]}, {**file.names, copy: file.names[source]}
-            )
+            TensorFile(file.path, {**file.shapes, copy: file.shapes[source]}, {**file.names, copy: file.names[source]})
             if source in file.shapes
             else file
             for file in renamed
