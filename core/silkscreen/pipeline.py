@@ -294,8 +294,11 @@ class TemplatePipeline:
         states = tuple(map(state, files))
         loaded = self._models.get(key)
         if loaded is None or loaded[0] != states:
-            place = {"device": context.device, "streamed": context.offload == "disk"}
-            loaded = states, template.load(context.base.id, dtype=context.torch_dtype, **place)
+            streamed = context.offload == "disk"
+            loaded = (
+                states,
+                template.load(context.base.id, dtype=context.torch_dtype, device=context.device, streamed=streamed),
+            )
             if context.offload in ("none", "disk"):  # the others are for machines that cannot hold two models at once
                 self._models.put(key, loaded, nbytes(loaded[1]))
         return loaded[1]

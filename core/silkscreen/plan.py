@@ -166,7 +166,7 @@ def first_fit(needs: Sequence[Need], machine: Machine) -> Need:
     )
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that are made inside it, and how many there were at most.
 
     Attributes:
@@ -175,7 +175,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._seen: dict[int, Any] = {}
 
@@ -290,7 +290,7 @@ class _Drawing:
                 model = self.templates[template.name]
                 try:
                     with _counted() as counted:
-                        processed = model.process_inputs(pipe=context, **values)
+                        processed = model.process_inputs(pipe=context, **values)  # type: ignore[operator]
                         result = TemplateCache.from_result(model(pipe=context, **processed), template.name)
                 except Exception as error:  # whatever a stranger's code does with values that are not there
                     raise BaseError(

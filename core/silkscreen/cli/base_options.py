@@ -188,8 +188,8 @@ _OPTIONS = [
     click.option(
         "--offload",
         type=click.Choice(OFFLOADS),
-        help="Where weights are while they do not run: on the device (none), in the main memory by model, block (group) "
-        "or layer (sequential), or in their files (disk).  [default: none]",
+        help="Where weights are while they do not run: on the device (none), in the main memory by model, block "
+        "(group) or layer (sequential), or in their files (disk).  [default: none]",
     ),
     click.option(
         "--quantize",

@@ -39,8 +39,10 @@ def command(file: Path, seed: int, output: Path, overwrite: bool, base_options: 
                            {"model_id": "structure", "image": "edges.png"}],
        "negative_template_inputs": [{"model_id": "brightness", "scale": 0.3}]}
 
-    --base is for rows that name none, the other options of a base are for all. --fit goes by the first row to be drawn
-    with a base. Paths are relative to FILE's folder. On several devices: torchrun --nproc-per-node 2 -m silkscreen.batch FILE -o DIR
+    Paths are relative to FILE's folder. --base is for rows that name none, the other options of a base are for all, and
+    --fit goes by the first row to be drawn with a base.
+
+    On several devices: torchrun --nproc-per-node 2 -m silkscreen.batch FILE -o DIR
     """
     from silkscreen.batch import REPORT, draw_batch
 

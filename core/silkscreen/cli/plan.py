@@ -103,17 +103,17 @@ def command(
     for need in needs:
         parts = (need.weights, need.templates, need.caches, need.activations, need.device, need.memory)
         lacks = need.lacks(machine)
-        fits = f"{_gigabytes(lacks)} too few" if lacks else "yes"
-        rows.append([str(need.dtype).removeprefix("torch."), need.offload, *map(_gigabytes, parts), fits])
+        fits = f"{_size_text(lacks)} too few" if lacks else "yes"
+        rows.append([str(need.dtype).removeprefix("torch."), need.offload, *map(_size_text, parts), fits])
     print_table(columns, rows)
-    accelerator = "" if machine.accelerator is None else f", of {device} {_gigabytes(machine.accelerator)}"
-    click.echo(f"\nfree of the main memory: {_gigabytes(machine.memory)}{accelerator}")
+    accelerator = "" if machine.accelerator is None else f", of {device} {_size_text(machine.accelerator)}"
+    click.echo(f"\nfree of the main memory: {_size_text(machine.memory)}{accelerator}")
     fitting = first_fit(needs, machine)
     click.echo(f"fits: --dtype {str(fitting.dtype).removeprefix('torch.')} --offload {fitting.offload}")
 
 
 def _completed(given: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    """Return a template input with pictures for those that are not given, and other values where there is no default."""
+    """Return a template input with a stand-in for each value that is needed and was not given."""
     manifest = registry.manifest(given["model_id"])
     specs = (manifest.inputs if manifest else None) or {}
     missing = {name: spec for name, spec in specs.items() if spec.required and name not in given}
@@ -138,5 +138,5 @@ def _stand_in(spec: Input, size: tuple[int, int]) -> Any:
     return [value] if spec.many else value
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _size_text(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"

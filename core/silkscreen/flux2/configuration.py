@@ -91,5 +91,5 @@ def empty_model(base: Base, name: str, config: Mapping[str, Any]) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         model = construct(base, name, config)
     if hasattr(model, "tie_weights"):
-        model.tie_weights()  # registering empty parameters undoes it
+        model.tie_weights()  # type: ignore[operator]  # registering empty parameters undoes it
     return model.eval().requires_grad_(False)

@@ -251,7 +251,7 @@ def _load_model(base: Base, checked: Checked, dtype: torch.dtype, quantized: str
     options = loading_options(checked.name, quantized, dtype)
     if checked.place.is_file():
         with TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(dict(checked.model.config)))
+            (Path(folder) / "config.json").write_text(json.dumps(dict(checked.config) | {"_class_name": kind.__name__}))
             tensors = single_file_tensors(checked.place, dtype)
             model = kind.from_single_file(tensors, config=folder, torch_dtype=dtype, **options)
     else:

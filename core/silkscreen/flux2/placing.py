@@ -20,7 +20,7 @@ def check_offload(offload: str, quantized: dict[str, str], device: torch.device)
         BaseError: with the modes that do.
     """
     if offload not in OFFLOADS:
-        raise BaseError(unknown_name("offload mode", offload, OFFLOADS))
+        raise BaseError(unknown_name("offload mode", offload, list(OFFLOADS)))
     if device.type == "cpu" and offload in ("model", "group", "sequential"):
         raise BaseError(
             f"offload {offload}: it moves weights between the main memory and an accelerator, and this is a CPU: "

@@ -39,9 +39,9 @@ def parse_quantize(quantize: str | Mapping[str, str] | None, device: torch.devic
     chosen = dict.fromkeys(COMPONENTS, quantize) if isinstance(quantize, str) else dict(quantize or {})
     for component, kind in chosen.items():
         if component not in COMPONENTS:
-            raise BaseError(f"quantize: {unknown_name('component', component, COMPONENTS)}")
+            raise BaseError(f"quantize: {unknown_name('component', component, list(COMPONENTS))}")
         if kind not in KINDS:
-            raise BaseError(f"quantize {component}: {unknown_name('kind', kind, KINDS)}")
+            raise BaseError(f"quantize {component}: {unknown_name('kind', kind, list(KINDS))}")
         if kind == "nf4" and device.type == "cpu":
             raise BaseError("quantize nf4: diffusers needs an accelerator for it, and this is a CPU: use fp8 or int8")
         package = _PACKAGES.get(kind)

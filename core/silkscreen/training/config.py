@@ -38,6 +38,11 @@ class TrainingConfig:
         height, width: of every picture, multiples of 16; by default each picture's own.
         max_pixels: pictures above it are scaled down.
         base: id or folder of the base; the short way to name all of its models.
+        components: parts of the base that come from elsewhere, by commas, as `NAME=REF`: see `silkscreen generate`.
+        quantize: frozen weights of the base at fewer bits: `int8`, `fp8` or `nf4`. Its other ways of fitting to a machine
+            have no sense here: a step needs all weights twice, and accelerate chooses device and precision.
+        compile: compile the blocks of the base's transformer.
+        attention_backend: one of diffusers' attention backends, for the base's transformer.
         model_paths: folders of the base's models, as a JSON list; for files, the folders they are in.
         model_id_with_origin_paths: the base's models, by commas, as `ID:PATTERN`; ID is a folder or a hub's id.
         tokenizer_path: the tokenizer's folder, or `ID:FOLDER/`.
@@ -95,6 +100,10 @@ class TrainingConfig:
     width: int | None = None
     max_pixels: int = 1024 * 1024
     base: str | None = None
+    components: str | None = None
+    quantize: str | None = None
+    compile: bool = False
+    attention_backend: str | None = None
     model_paths: str | None = None
     model_id_with_origin_paths: str | None = None
     tokenizer_path: str | None = None
