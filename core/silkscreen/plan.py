@@ -33,7 +33,6 @@ from silkscreen.flux2.loading import component_references, default_dtype
 from silkscreen.flux2.quantizing import parse_quantize, stored_bytes
 from silkscreen.lru import LRU
 from silkscreen.pipeline import TemplateInput, TemplatePipeline
-from silkscreen.weights import is_source
 
 _PIXELS_A_TOKEN = 16
 _TEXT_TOKENS = 512
@@ -127,11 +126,8 @@ def plan(
         BaseError: a template needs real values to tell how much it makes.
     """
     quantized = parse_quantize(quantize, device)
-    places = {
-        name: reference if isinstance(reference, Path) else base.folder / reference
-        for name, reference in component_references(base, components).items()
-        if isinstance(reference, Path) or not is_source(reference)
-    }
+    references = component_references(base, components)
+    places = {name: reference for name, reference in references.items() if isinstance(reference, Path)}
     configurations = {name: configuration(base, name, places.get(name)) for name in MODELS}
     size = (height or base.call.get("height", 1024), width or base.call.get("width", 1024))
     positive = templates.check_inputs(template_inputs)

@@ -129,7 +129,7 @@ def _named_as_in(model: Any, files: list[TensorFile]) -> list[TensorFile]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    wanted = model.state_dict()
+    wanted = model.state_dict(keep_vars=True)
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     renamed = []
     for file in files:
@@ -140,8 +140,8 @@ def _named_as_in(model: Any, files: list[TensorFile]) -> list[TensorFile]:
         shapes = {new: file.shapes[name] for new, name in names.items()}
         renamed.append(TensorFile(file.path, shapes, names))
     tied = getattr(model, "_tied_weights_keys", None) or {}
-    for copy, source in tied.items() if model.config.get_text_config().tie_word_embeddings else ():
-        if any(copy in file.shapes for file in renamed):
+    for copy, source in tied.items():
+        if any(copy in file.shapes for file in renamed) or wanted[copy] is not wanted[source]:
             continue
         renamed = [
             TensorFile(file.path, {**file.shapes, copy: file.shapes[source]}, {**file.names, copy: file.names[source]})

@@ -12,6 +12,7 @@ from torch import nn
 
 from silkscreen.bases import Base
 from silkscreen.errors import BaseError
+from silkscreen.weights import is_source
 
 MODELS = ("transformer", "text_encoder", "vae")
 """The components that have weights."""
@@ -43,12 +44,16 @@ def configuration(base: Base, name: str, place: Path | None = None) -> Mapping[s
     Args:
         base: the base.
         name: one of `MODELS`.
-        place: the model's folder, whose `config.json` is read; a file or None has none, and the base's own word counts.
+        place: the model's folder, whose `config.json` is read; for a file or None that of the base's own folder, or, if
+            there is none on this disk, what its `base.toml` says.
 
     Raises:
         BaseError: the file cannot be read.
     """
-    if place is not None and place.is_dir():
+    if place is None or place.is_file():
+        own = base.components.get(name, "")
+        place = own if isinstance(own, Path) else base.folder / own if own and not is_source(own) else None
+    if place is not None:
         path = place / "config.json"
         try:
             config: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
