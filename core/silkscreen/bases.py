@@ -7,11 +7,17 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from silkscreen import registry
 from silkscreen.errors import ManifestError, SilkscreenError, UnknownNameError
 from silkscreen.manifest import unknown_name
+
+Offload = Literal["none", "model", "group", "sequential", "disk"]
+"""Where a base's weights are while they do not run: on the device, in the main memory by model, block or layer, or in
+their files."""
+
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,10 @@ class Base:
         vocabulary: every word it knows, for a base that knows few; empty for none such.
         folder: where its `base.toml` is.
         distribution: the distribution that brings it.
+        configurations: of the text encoder and the VAE, as far as they are not their classes' defaults; used where no
+            component's own `config.json` is on the disk.
+        download: gigabytes of all components.
+        fingerprints: what tells the published weights of a component, by its name.
     """
 
     id: str
@@ -66,6 +76,9 @@ class Base:
     vocabulary: tuple[str, ...]
     folder: Path
     distribution: str
+    configurations: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    download: float | None = None
+    fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def known_bases() -> dict[str, Base]:
@@ -113,6 +126,9 @@ def read_base(base_id: str, folder: Path, distribution: str) -> Base:
             vocabulary=tuple(data.get("vocabulary", ())),
             folder=folder,
             distribution=distribution,
+            configurations={name: data[name] for name in ("text_encoder", "vae") if name in data},
+            download=data.get("download"),
+            fingerprints=data.get("fingerprints", {}),
         )
     except KeyError as error:
         raise ManifestError(f"{path}: {error.args[0]} is missing") from error

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ def draw_batch(
     output: Path,
     *,
     base: str = "flux2-tiny",
+    load: Callable[..., Any] | None = None,
     seed: int = 0,
     overwrite: bool = False,
     trust_code: bool = False,
@@ -46,6 +47,8 @@ def draw_batch(
         output: the folder of the pictures, `000000.png` for the first row, and of `report.jsonl`, which is there when
             rows have failed.
         base: for rows that name none.
+        load: loads a base, given its id, the templates, the recipe it is first needed for, and the `device` of the
+            process; by default `load_base`.
         seed: rows that have no `seed` get this plus their index, from 0.
         overwrite: replace pictures of other recipes.
         trust_code: let the code of templates named by a folder run.
@@ -57,11 +60,15 @@ def draw_batch(
     output.mkdir(parents=True, exist_ok=True)
     templates = TemplatePipeline([])
 
-    @lru_cache(maxsize=1)
-    def load(base: str) -> Any:
-        pipe = load_base(base, device=state.device)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+    loaded: dict[str, Any] = {}
+
+    def pipe_for(recipe: Recipe) -> Any:
+        if recipe.base not in loaded:
+            loaded.clear()  # before the next is loaded: two may not fit
+            make = load or (lambda base, *_, device: load_base(base, device=device))
+            loaded[recipe.base] = make(recipe.base, templates, recipe, device=state.device)
+            loaded[recipe.base].set_progress_bar_config(disable=True)
+        return loaded[recipe.base]
 
     def draw(row: int, text: str) -> None:
         data = json.loads(text)
@@ -71,7 +78,7 @@ def draw_batch(
         for name in recipe.template_names:
             if name not in templates:
                 templates.add(name, trust_code=trust_code)
-        pipe = load(recipe.base)
+        pipe = pipe_for(recipe)
         recipe = recipe.completed(pipe, templates)
         picture = output / f"{row:06d}.png"
         if picture.exists():

@@ -55,6 +55,7 @@ def register_commands(group: click.Group) -> None:
         info,
         new,
         pack,
+        plan,
         publish,
         show,
         sweep,
@@ -63,5 +64,5 @@ def register_commands(group: click.Group) -> None:
     )
     from silkscreen.cli import list as listing
 
-    for module in (listing, info, bases, generate, show, batch, sweep, train, new, check, pack, wrap, publish):
+    for module in (listing, info, bases, plan, generate, show, batch, sweep, train, new, check, pack, wrap, publish):
         group.add_command(module.command)

@@ -292,12 +292,17 @@ class TemplatePipeline:
         return self.templates[names.index(model_id)]
 
     def _model(self, template: Template, context: TemplateContext, files: Sequence[Path]) -> nn.Module:
-        key = (template.name, context.base.id, context.torch_dtype, context.device)
+        key = (template.name, context.base.id, context.torch_dtype, context.device, context.offload)
         states = tuple(map(state, files))
         loaded = self._models.get(key)
         if loaded is None or loaded[0] != states:
-            loaded = states, template.load(context.base.id, dtype=context.torch_dtype, device=context.device)
-            self._models.put(key, loaded, nbytes(loaded[1]))
+            streamed = context.offload == "disk"
+            loaded = (
+                states,
+                template.load(context.base.id, dtype=context.torch_dtype, device=context.device, streamed=streamed),
+            )
+            if context.offload in ("none", "disk"):  # the others are for machines that cannot hold two models at once
+                self._models.put(key, loaded, nbytes(loaded[1]))
         return loaded[1]
 
     def _weight_files(self, template: Template, base_id: str) -> list[Path]:

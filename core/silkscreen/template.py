@@ -106,8 +106,16 @@ class Template:
             model: nn.Module = self.module.TEMPLATE_MODEL(**self.config(base_id))
         return model
 
-    def load(self, base_id: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    def load(
+        self, base_id: str, *, dtype: torch.dtype, device: torch.device | str = "cpu", streamed: bool = False
+    ) -> nn.Module:
         """Return a new model for a base with its weights, in eval mode and frozen.
+
+        Args:
+            base_id: the base.
+            dtype: that it computes in.
+            device: where it computes.
+            streamed: leave the weights in their files, each module's being read when it runs: see `weights.stream`.
 
         Raises:
             ContractError: with everything about the module and its weights that breaks the contract.
@@ -119,7 +127,9 @@ class Template:
             problems = weights.differences(model, files)
         if problems:
             raise ContractError(self.name, [f"{self.origin}: {problem}" for problem in problems])
-        if files:
+        if files and streamed:
+            model = weights.stream(model, files, dtype=dtype, device=device)
+        elif files:
             model = weights.load(model, lambda: self.construct(base_id), files, dtype=dtype, device=device)
         else:
             model = self.construct(base_id).to(device, dtype)

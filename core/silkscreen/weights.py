@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
-from accelerate import init_empty_weights
+from accelerate import cpu_offload, init_empty_weights
+from accelerate.utils import OffloadedWeightsLoader
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -22,10 +23,17 @@ _BYTES_MAPPED_AT_ONCE = 64 * 2**20
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """One safetensors file and the shapes of the tensors in it, by name."""
+    """One safetensors file and the shapes of the tensors in it, by name.
+
+    Attributes:
+        path: the file.
+        shapes: of the tensors, by the model's names.
+        names: the file's own names, by the model's, where these are others.
+    """
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def locate(reference: str, folder: Path) -> Path:
@@ -130,6 +138,28 @@ def load(
         model = construct()
         _assign(model, files, dtype, device)
     return model.to(device)
+
+
+def stream(model: nn.Module, files: Sequence[TensorFile], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Let an empty model's weights stay in their files, which have to fit it.
+
+    A module's parameters are read, converted and put on the device when it runs, and dropped again: memory never holds
+    more than one module's. Parameters are only there while the module that owns them runs.
+    """
+    index = {
+        name: {"safetensors_file": str(file.path), "weight_name": file.names.get(name, name)}
+        for file in files
+        for name in file.shapes
+    }
+    held = OffloadedWeightsLoader(index=index)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    kept = {name for name, _ in model.named_buffers()} & index.keys()  # the others are made by the constructor
+    buffers = {name: held[name] for name in kept}
+    buffers = {name: value.to(dtype) if value.is_floating_point() else value for name, value in buffers.items()}
+    model.load_state_dict(buffers, strict=False, assign=True)
+    cpu_offload(model, device, state_dict=held)
+    return model
 
 
 def _is_absolute(reference: str) -> bool:

@@ -39,7 +39,8 @@ class _Attention(nn.Module):
         """Attention over (B, N, H, D); returns (B, N, H*D) and the keys, after RoPE, and values."""
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
         hidden = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return hidden.transpose(1, 2).flatten(2), (key, value)
+        # A view would keep the whole projection that it is part of as long as the cache.
+        return hidden.transpose(1, 2).flatten(2), (key, value.contiguous())
 
 
 class DoubleBlock(_Attention):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
+from silkscreen.cli.base_options import DEFAULT_BASE, BaseOptions, base_options
 from silkscreen.cli.offline_option import offline_option
 from silkscreen.cli.template_option import trust_code_option
 
 
 @click.command("batch")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, exists=True))
-@click.option("--base", default="flux2-tiny", show_default=True, help="Base of the rows that name none.")
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="A row without a seed has this plus its index, from 0."
 )
@@ -24,9 +24,10 @@ from silkscreen.cli.template_option import trust_code_option
     help="Folder of the pictures, 000000.png for the first row.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace pictures that have another recipe than their row's.")
+@base_options
 @trust_code_option
 @offline_option
-def command(file: Path, base: str, seed: int, output: Path, overwrite: bool, trust_code: bool) -> None:
+def command(file: Path, seed: int, output: Path, overwrite: bool, base_options: BaseOptions, trust_code: bool) -> None:
     """Draw a picture for each row of FILE, a JSON object a line.
 
     Pictures that are there are not drawn again, so a batch that was stopped goes on where it was. Rows that fail are
@@ -40,10 +41,21 @@ def command(file: Path, base: str, seed: int, output: Path, overwrite: bool, tru
                            {"model_id": "structure", "image": "edges.png"}],
        "negative_template_inputs": [{"model_id": "brightness", "scale": 0.3}]}
 
-    Paths are relative to FILE's folder. On several devices: torchrun --nproc-per-node 2 -m silkscreen.batch FILE -o DIR
+    Paths are relative to FILE's folder. --base is for rows that name none, the other options of a base are for all, and
+    --fit goes by the first row to be drawn with a base.
+
+    On several devices: torchrun --nproc-per-node 2 -m silkscreen.batch FILE -o DIR
     """
     from silkscreen.batch import REPORT, draw_batch
 
-    failures = draw_batch(file, output, base=base, seed=seed, overwrite=overwrite, trust_code=trust_code)
+    failures = draw_batch(
+        file,
+        output,
+        base=base_options.base or DEFAULT_BASE,
+        load=base_options.load,
+        seed=seed,
+        overwrite=overwrite,
+        trust_code=trust_code,
+    )
     if failures:
         raise click.ClickException(f"{len(failures)} rows failed: {output / REPORT} says why")

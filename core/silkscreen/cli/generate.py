@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from silkscreen.cli.base_options import BaseOptions, base_options
 from silkscreen.cli.offline_option import offline_option
 from silkscreen.cli.template_option import (
     TemplateCommand,
@@ -21,7 +22,6 @@ from silkscreen.cli.template_option import (
 
 @click.command("generate", cls=TemplateCommand)
 @click.argument("prompt", required=False)
-@click.option("--base", help="Id of a base, a folder in diffusers' layout, or hf:owner/repo.  [default: flux2-tiny]")
 @template_option
 @negative_option
 @bare_negative_option
@@ -42,11 +42,11 @@ from silkscreen.cli.template_option import (
     help="Where the picture goes; with -n 3, out.png becomes out-0.png, out-1.png, out-2.png.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@base_options
 @trust_code_option
 @offline_option
 def command(
     prompt: str | None,
-    base: str | None,
     templates: tuple[str, ...],
     negatives: tuple[str, ...],
     bare_negative: bool,
@@ -61,6 +61,7 @@ def command(
     save_recipe: Path | None,
     output: Path,
     overwrite: bool,
+    base_options: BaseOptions,
     trust_code: bool,
 ) -> None:
     """Draw PROMPT, under the control of templates.
@@ -78,6 +79,8 @@ def command(
       silkscreen generate --like circle.png --seed 7 -o other.png
       silkscreen generate "a small green star on a purple background" \\
           -t modelscope:owner/repo scale=0.8 --trust-code -o star.png
+      silkscreen generate "a small green star on a purple background" \\
+          --base black-forest-labs/FLUX.2-klein-4B --fit -o star.png
 
     What a template takes: silkscreen info NAME.
     """
@@ -87,7 +90,7 @@ def command(
     check_output([*paths, *([save_recipe] if save_recipe else [])], overwrite)
     given: dict[str, Any] = {
         "prompt": prompt,
-        "base": base,
+        "base": base_options.base,
         "seed": seed,
         "steps": steps,
         "guidance_scale": guidance_scale,
@@ -104,12 +107,12 @@ def command(
         raise click.UsageError("say a PROMPT, or give --like or --recipe")
     recipe = Recipe.load(source, **given) if source else Recipe.from_dict(given)
 
-    from silkscreen import TemplatePipeline, load_base
+    from silkscreen import TemplatePipeline
 
     loaded = TemplatePipeline(recipe.template_names, trust_code=trust_code)
     loaded.check_inputs(recipe.template_inputs)
     click.echo(f"loading {recipe.base}", err=True)
-    pipe = load_base(recipe.base)
+    pipe = base_options.load(recipe.base, loaded, recipe)
     recipe = recipe.completed(pipe, loaded)
     for index, path in enumerate(paths):
         one = dataclasses.replace(recipe, seed=recipe.seed + index)

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from silkscreen.cli.base_options import DEFAULT_BASE, BaseOptions, base_options
 from silkscreen.cli.generate import check_output
 from silkscreen.cli.offline_option import offline_option
 from silkscreen.cli.template_option import (
@@ -23,7 +24,6 @@ from silkscreen.errors import SilkscreenError
 
 @click.command("sweep", cls=TemplateCommand)
 @click.argument("prompts", nargs=-1, required=True, metavar="PROMPT...")
-@click.option("--base", default="flux2-tiny", show_default=True, help="Id of a base, or a folder in diffusers' layout.")
 @template_option
 @negative_option
 @bare_negative_option
@@ -48,11 +48,11 @@ from silkscreen.errors import SilkscreenError
     help="Pictures drawn at once; 1 where they cannot be drawn together.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that exist.")
+@base_options
 @trust_code_option
 @offline_option
 def command(
     prompts: tuple[str, ...],
-    base: str,
     templates: tuple[str, ...],
     negatives: tuple[str, ...],
     bare_negative: bool,
@@ -65,6 +65,7 @@ def command(
     singles: Path | None,
     batch_size: int,
     overwrite: bool,
+    base_options: BaseOptions,
     trust_code: bool,
 ) -> None:
     """Draw all combinations of up to three varied values as a labelled grid: columns, rows and pages.
@@ -86,6 +87,7 @@ def command(
     from silkscreen.recipe import FIELDS, save_picture
     from silkscreen.sweep import Axis, draw_sweep, grids, parse_values, recipes_of
 
+    base = base_options.base or DEFAULT_BASE
     axes = []
     inputs = []
     for index, option in enumerate(templates):
@@ -122,12 +124,12 @@ def command(
         singles.mkdir(parents=True, exist_ok=True)
         check_output([_single(singles, index) for index in range(len(recipes))], overwrite)
 
-    from silkscreen import TemplatePipeline, load_base
+    from silkscreen import TemplatePipeline
 
     loaded = TemplatePipeline(recipes[0].template_names, trust_code=trust_code)
     loaded.check_inputs(recipes[0].template_inputs)
     click.echo(f"loading {base}", err=True)
-    pipe = load_base(base)
+    pipe = base_options.load(base, loaded, recipes[0], batch_size=min(batch_size, len(recipes)))
     pipe.set_progress_bar_config(disable=True)
     drawn = {}
     recipes = [recipe.completed(pipe, loaded) for recipe in recipes]

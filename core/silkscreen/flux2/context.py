@@ -18,6 +18,7 @@ from silkscreen.bases import Base
 from silkscreen.content import content, nbytes
 from silkscreen.errors import InputError
 from silkscreen.flux2.loading import base_of
+from silkscreen.flux2.placing import offload_of
 from silkscreen.flux2.replacing import method_replaced
 from silkscreen.lru import LRU
 
@@ -31,6 +32,7 @@ class TemplateContext:
     Attributes:
         base: the base that is driven.
         torch_dtype, device: what the template should compute in and on.
+        offload: where the base's weights are while they do not run.
         tokenizer, text_encoder: the base's own.
         vae: its VAE, whose `encode` gives latents as the transformer takes them.
         units: helpers that templates of the field look up by class name.
@@ -41,6 +43,7 @@ class TemplateContext:
         self.base: Base = base_of(pipe)
         self.torch_dtype: torch.dtype = pipe.transformer.dtype
         self.device: torch.device = torch.device(get_module_execution_device(pipe.transformer))
+        self.offload = offload_of(pipe)
         self.vae = _Encoder(pipe)
         self.units = [Flux2Unit_Qwen3PromptEmbedder()]
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 
 from silkscreen import registry, weights
-from silkscreen.bases import Base, Geometry, find_base, known_bases
-from silkscreen.errors import BaseError, PipelineError
+from silkscreen.bases import Base, Geometry, Offload, find_base, known_bases
+from silkscreen.errors import BaseError, PipelineError, UnknownNameError
+from silkscreen.flux2.checking import Checked, check_component, single_file_tensors
+from silkscreen.flux2.configuration import MODELS, component_classes
+from silkscreen.flux2.placing import check_offload, place, speed_up
+from silkscreen.flux2.quantizing import loading_options, parse_quantize, store_as_float8
+from silkscreen.manifest import unknown_name
+from silkscreen.weights import stream
+
+_log = logging.getLogger("silkscreen")
 
 _MARK = "_silkscreen_base"
 
@@ -21,31 +31,119 @@ def load_base(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    hub: Literal["modelscope", "hf"] | None = None,
+    revision: str | None = None,
+    components: Mapping[str, str | Path] | None = None,
+    offload: Offload = "none",
+    quantize: str | Mapping[str, str] | None = None,
+    compile: bool = False,  # noqa: A002, diffusers' word
+    attention_backend: str | None = None,
     without: Collection[str] = (),
 ) -> Any:
     """Load a base.
 
+    Names and shapes of all tensors are compared with the configuration's before any weights are read. Where they are
+    those of published weights, the log says so.
+
     Args:
         base: the id of a known base, a folder in diffusers' layout, or a source of one (`hf:owner/repo@revision`).
-        dtype: of the weights; by default float32 on a CPU and bfloat16 on an accelerator.
+        dtype: that is computed in; by default float32 on a CPU and bfloat16 on an accelerator.
         device: by default the accelerator, or the CPU where there is none.
+        hub: where a known base's components are fetched from; by default where its `base.toml` says.
+        revision: of the repository that they are fetched from; by default its newest.
+        components: parts that come from elsewhere, by name: a folder, a source such as `hf:owner/repo:vae/`, or, for
+            the transformer, one safetensors file in diffusers' or in the original naming, float8 ones included.
+        offload: where weights are while they do not run: see `placing.place`.
+        quantize: `int8`, `fp8` or `nf4` for transformer and text encoder, or one for each by name.
+        compile: compile the transformer's blocks.
+        attention_backend: one of diffusers' for the transformer, such as `native` or `flash`.
         without: components that are not loaded, and are None in the pipeline.
 
     Returns:
-        An unmodified diffusers FLUX.2 pipeline.
+        A diffusers FLUX.2 pipeline.
 
     Raises:
-        UnknownNameError: there is no such base.
-        WeightsError: it cannot be fetched.
-        BaseError: it cannot be loaded; the component is named.
+        UnknownNameError: there is no such base or component.
+        BaseError: it cannot be loaded; component, file and tensor are named. Or an option cannot be followed here.
+        WeightsError: a component cannot be found or fetched.
     """
     device = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(device)
     base = base if isinstance(base, Base) else describe_base(base)
-    kind = {"is_distilled": True} if base.distilled else {}
-    pipe = _pipeline_class(base)(**_load_components(base, dtype, without), **kind)
+    quantized = parse_quantize(quantize, device)
+    check_offload(offload, quantized, device)
+    pipeline = _pipeline_class(base)
+    places = {
+        name: locate_component(base, name, reference)
+        for name, reference in component_references(base, components, hub, revision).items()
+        if name not in without
+    }
+    checked = {name: check_component(base, name, place) for name, place in places.items() if name in MODELS}
+    for name, found in checked.items():
+        if found.published:
+            _log.info("%s: the tensors of %s (fingerprint %s)", name, ", ".join(found.published), found.fingerprint)
+    loaded: dict[str, Any] = dict.fromkeys(base.components)
+    for name, place_ in places.items():
+        try:
+            if name not in checked:
+                kind = component_classes(base)[name]
+                loaded[name] = kind.from_pretrained(place_, local_files_only=True)
+            elif offload == "disk" and place_.is_dir():
+                loaded[name] = stream(checked[name].model, checked[name].files, dtype=dtype, device=device)
+            else:
+                loaded[name] = _load_model(base, checked[name], dtype, quantized.get(name))
+        except Exception as error:  # whatever diffusers and transformers raise on broken files
+            raise BaseError(f"{base.id}: the {name} in {place_} cannot be loaded: {error}") from error
+    pipe = pipeline(**loaded, **({"is_distilled": True} if base.distilled else {}))
     setattr(pipe, _MARK, base)
-    return pipe.to(device)
+    place(pipe, offload, device)
+    if loaded["transformer"] is not None:
+        speed_up(pipe, base, compiled=compile, attention_backend=attention_backend)
+    return pipe
+
+
+def component_references(
+    base: Base,
+    components: Mapping[str, str | Path] | None = None,
+    hub: str | None = None,
+    revision: str | None = None,
+) -> dict[str, str | Path]:
+    """Return where each component of a base comes from: what `components` says, or else the base, on a hub's revision.
+
+    Raises:
+        UnknownNameError: it has no such component.
+        BaseError: a hub or revision is named, and nothing comes from one.
+    """
+    references = dict(base.components)
+    sources = {name for name, reference in references.items() if weights.is_source(str(reference))}
+    if (hub or revision) and not sources:
+        raise BaseError(f"{base.id} is on this disk: leave hub and revision out")
+    for name in sources:
+        scheme, _, rest = str(references[name]).partition(":")
+        repo, _, path = rest.partition(":")
+        repo = f"{repo.partition('@')[0]}@{revision}" if revision else repo
+        references[name] = f"{hub or scheme}:{repo}:{path}"
+    for name, reference in (components or {}).items():
+        if name not in references:
+            raise UnknownNameError(f"{base.id}: {unknown_name('component', name, references)}")
+        source = weights.is_source(str(reference)) and not Path(reference).exists()
+        references[name] = reference if source else Path(reference)
+    return references
+
+
+def locate_component(base: Base, name: str, reference: str | Path) -> Path:
+    """Return the local folder or file of a component, fetched if need be.
+
+    Raises:
+        BaseError: there is none.
+        WeightsError: it cannot be fetched.
+    """
+    if isinstance(reference, Path):
+        if reference.is_dir() or (name == "transformer" and reference.is_file()):
+            return reference
+        kinds = "a folder or a safetensors file" if name == "transformer" else "a folder"
+        raise BaseError(f"{base.id}: the {name} is to come from {reference}, which is no {kinds[2:]}: name {kinds}")
+    return weights.locate(reference, base.folder)
 
 
 def describe_base(base: str | Path) -> Base:
@@ -161,31 +259,17 @@ def _pipeline_class(base: Base) -> Any:
         raise BaseError(f"{base.id}: diffusers {diffusers.__version__} has no pipeline {base.pipeline!r}") from None
 
 
-def _load_components(base: Base, dtype: torch.dtype, without: Collection[str]) -> dict[str, Any]:
-    import diffusers
-    import transformers
-
-    loaders: dict[str, Any] = {
-        "transformer": diffusers.Flux2Transformer2DModel,
-        "vae": diffusers.AutoencoderKLFlux2,
-        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler,
-    }
-    if base.pipeline == "Flux2Pipeline":
-        loaders |= {
-            "text_encoder": transformers.Mistral3ForConditionalGeneration,
-            "tokenizer": transformers.AutoProcessor,
-        }
+def _load_model(base: Base, checked: Checked, dtype: torch.dtype, quantized: str | None) -> Any:
+    kind = component_classes(base)[checked.name]
+    options = loading_options(checked.name, quantized, dtype)
+    if checked.place.is_file():
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(dict(checked.config) | {"_class_name": kind.__name__}))
+            tensors = single_file_tensors(checked.place, dtype)
+            model = kind.from_single_file(tensors, config=folder, torch_dtype=dtype, **options)
     else:
-        loaders |= {"text_encoder": transformers.Qwen3ForCausalLM, "tokenizer": transformers.AutoTokenizer}
-    components: dict[str, Any] = {}
-    for name, reference in base.components.items():
-        if name in without:
-            components[name] = None
-            continue
-        folder = reference if isinstance(reference, Path) else weights.locate(reference, base.folder)
-        options = {"scheduler": {}, "tokenizer": {}, "text_encoder": {"dtype": dtype}}.get(name, {"torch_dtype": dtype})
-        try:
-            components[name] = loaders[name].from_pretrained(folder, local_files_only=True, **options)
-        except Exception as error:  # whatever diffusers and transformers raise on broken files
-            raise BaseError(f"{base.id}: the {name} in {folder} cannot be loaded: {error}") from error
-    return components
+        named = {"dtype" if checked.name == "text_encoder" else "torch_dtype": dtype}
+        model = kind.from_pretrained(checked.place, local_files_only=True, **named, **options)
+    if quantized == "fp8":
+        store_as_float8(model, dtype)
+    return model

@@ -38,6 +38,11 @@ class TrainingConfig:
         height, width: of every picture, multiples of 16; by default each picture's own.
         max_pixels: pictures above it are scaled down.
         base: id or folder of the base; the short way to name all of its models.
+        components: parts of the base that come from elsewhere, by commas, as `NAME=REF`: see `silkscreen generate`.
+        quantize: frozen weights of the base at fewer bits: `int8` or `nf4`. Other ways of fitting it to a machine have
+            no sense here: a step needs all weights twice, and accelerate chooses device and precision.
+        compile: compile the blocks of the base's transformer.
+        attention_backend: one of diffusers' attention backends, for the base's transformer.
         model_paths: folders of the base's models, as a JSON list; for files, the folders they are in.
         model_id_with_origin_paths: the base's models, by commas, as `ID:PATTERN`; ID is a folder or a hub's id.
         tokenizer_path: the tokenizer's folder, or `ID:FOLDER/`.
@@ -95,6 +100,10 @@ class TrainingConfig:
     width: int | None = None
     max_pixels: int = 1024 * 1024
     base: str | None = None
+    components: str | None = None
+    quantize: str | None = None
+    compile: bool = False
+    attention_backend: str | None = None
     model_paths: str | None = None
     model_id_with_origin_paths: str | None = None
     tokenizer_path: str | None = None
@@ -155,6 +164,8 @@ class TrainingConfig:
             for name in self.extra_inputs.split(",")
             if name.strip() not in ("", "template_inputs")
         ]
+        if self.quantize is not None and "fp8" in self.quantize:
+            problems.append("--quantize fp8 saves nothing here, a step keeps each weight it has cast: use int8 or nf4")
         if self.task == "sft:train":
             if self.dataset_base_path is None:
                 problems.append("--task sft:train needs --dataset_base_path, the folder that sft:data_process wrote")

@@ -53,6 +53,18 @@ def training_base(config: TrainingConfig) -> Base:
     return Base(**{**vars(base), "components": folders})
 
 
+def read_components(text: str | None) -> dict[str, str]:
+    """Return where each component that `--components` names comes from.
+
+    Raises:
+        TrainingError: it is no list of `NAME=REF`.
+    """
+    pairs = [part.strip().partition("=") for part in text.split(",")] if text else []
+    if any(not (name and reference) for name, _, reference in pairs):
+        raise TrainingError(f"--components {text!r}: write NAME=FOLDER, NAME=SOURCE or transformer=FILE, by commas")
+    return {name: reference for name, _, reference in pairs}
+
+
 def _folders(config: TrainingConfig) -> list[Path]:
     """Return the folders of the models that the flags name."""
     folders: list[Path] = []

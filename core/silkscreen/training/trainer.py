@@ -47,7 +47,7 @@ from silkscreen.training.data import (
     seed_all,
 )
 from silkscreen.training.encoding import Encoder, about, about_models
-from silkscreen.training.models import training_base
+from silkscreen.training.models import read_components, training_base
 from silkscreen.training.store import Example, ExampleStore, StoreError, read_index
 from silkscreen.training.trainable import choose_trainable, trained_names
 
@@ -125,7 +125,16 @@ class _Run:
         self._read_data(base.id)
         without = ("vae", "text_encoder", "tokenizer") if split else ()
         dtype = torch.float32 if config.mixed_precision == "no" else default_dtype(self.device)
-        self.pipe = load_base(base, device=self.device, dtype=dtype, without=without)
+        self.pipe = load_base(
+            base,
+            device=self.device,
+            dtype=dtype,
+            without=without,
+            components=read_components(config.components),
+            quantize=config.quantize,
+            compile=config.compile,
+            attention_backend=config.attention_backend,
+        )
         self.pipe.set_progress_bar_config(disable=True)
         for component in (self.pipe.transformer, self.pipe.vae, self.pipe.text_encoder):
             if component is not None:

@@ -56,7 +56,9 @@ class _InTraining(Template):
 
     model: nn.Module | None = None
 
-    def load(self, base_id: str, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    def load(
+        self, base_id: str, *, dtype: torch.dtype, device: torch.device | str = "cpu", streamed: bool = False
+    ) -> nn.Module:
         """Return the model as it is."""
         assert self.model is not None
         return self.model
