@@ -127,7 +127,7 @@ def check(
     ask("batch", trial[0].is_safe_in_batches)
     ask("sizes", trial[0].draws_two_sizes)
     ask("gradient", trial[0].gradient_arrives)
-    ask("example", lambda: _example_runs(found, template, trial[0].base_id))
+    ask("example", lambda: _example_runs(found, template, base or trial[0].base_id))
     return findings
 
 
@@ -467,7 +467,7 @@ def _listed(names: Sequence[str]) -> str:
 # -- as a user has it
 
 
-def _example_runs(target: Target, template: Template, base_id: str) -> str:
+def _example_runs(target: Target, template: Template, base: str) -> str:
     inputs = inputs_of(template)
     command = example_command(target.name, inputs)
     with tempfile.TemporaryDirectory(prefix="silkscreen-check-") as name:
@@ -475,7 +475,15 @@ def _example_runs(target: Target, template: Template, base_id: str) -> str:
         for key, value in plain_values(inputs, (128, 128), 0).items():
             if inputs[key].type in ("image", "mask"):
                 (value[0] if isinstance(value, list) else value).save(folder / f"{key}.png")
-        words = [sys.executable, "-m", *shlex.split(command), "--steps", "2", "--base", base_id]
+        words = [
+            sys.executable,
+            "-m",
+            *shlex.split(command),
+            "--steps",
+            "2",
+            "--base",
+            str(Path(base).resolve()) if Path(base).is_dir() else base,
+        ]
         trust = [] if target.module else ["--trust-code"]
         try:
             run([*words, *trust], "it fails", folder=folder, variables=target.variables(folder))
