@@ -1,1 +1,0 @@
-"""The brightness template: sets how bright the picture is."""
