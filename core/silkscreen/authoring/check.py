@@ -45,7 +45,9 @@ TINY = "flux2-tiny"
 UNTRAINED = "untrained"
 """Key in the metadata of weights that were made and not learned; see `silkscreen.authoring.new`."""
 
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+"""What ends the names of files that can run any code when they are read."""
+
 _LARGEST_SIDE = 256
 _TOLERANCE = 0.02
 """What two pictures, 0 to 1, may differ by when only how they were computed does."""
@@ -200,7 +202,7 @@ def _imports_quietly(target: Target) -> str:
 
 
 def _whole_weights(template: Template) -> str:
-    pickles = sorted(path.name for path in template.folder.rglob("*") if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in template.folder.rglob("*") if path.suffix in PICKLES)
     if pickles:
         raise _FaultError(
             f"{', '.join(pickles)} in {template.folder}", "save weights by safetensors, and remove pickles"

@@ -16,6 +16,7 @@ from huggingface_hub import metadata_load
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
 from silkscreen import registry, weights
+from silkscreen.authoring.check import PICKLES
 from silkscreen.authoring.inputs import guessed_inputs
 from silkscreen.authoring.project import Project, create_project, import_project, normalised, plan_project
 from silkscreen.carriers import ALIASES, carriers
@@ -24,7 +25,6 @@ from silkscreen.files import sha256
 from silkscreen.manifest import Input, example_command
 from silkscreen.template import Template, find_template
 
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 _MODULE = '''\
@@ -163,7 +163,7 @@ def _files(folder: Path, left_out: set[str], progress: Callable[[str], None]) ->
         inner = path.relative_to(folder)
         if not path.is_file() or any(part.startswith(".") or part == "__pycache__" for part in inner.parts):
             continue
-        if path.suffix in _PICKLES:
+        if path.suffix in PICKLES:
             progress(f"{inner} is left out: a pickle can run any code when it is read")
         elif path.resolve() not in absent and inner.as_posix() != "README.md":
             files[inner.as_posix()] = path.resolve()  # a hub's cache holds links
