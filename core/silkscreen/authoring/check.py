@@ -262,9 +262,9 @@ def _load(trial: list[_Trial], template: Template, base: str | None) -> str:
     if base is None:
         wanted = sorted(template.bases or (TINY,), key=lambda base_id: base_id != TINY)
         obstacles = {base_id: obstacle_to(base_id) for base_id in wanted}
-        here = [base_id for base_id in wanted if not obstacles[base_id] and _has_weights(template, base_id)]
+        here = [base_id for base_id in wanted if not obstacles[base_id]]
         if not here:
-            missing = "; ".join(why or f"there are no weights for {base_id}" for base_id, why in obstacles.items())
+            missing = "; ".join(obstacles.values())
             raise _FaultError(
                 f"it is for no base on this disk: {missing}", "add weights for flux2-tiny, or name a base with --base"
             )
@@ -273,10 +273,6 @@ def _load(trial: list[_Trial], template: Template, base: str | None) -> str:
     pipe.set_progress_bar_config(disable=True)
     trial.append(_Trial(template, pipe))
     return f"drawn with {trial[0].base_id}"
-
-
-def _has_weights(template: Template, base_id: str) -> bool:
-    return template.has_weights(base_id) or not template.weight_paths(base_id)
 
 
 class _Trial:
