@@ -263,14 +263,15 @@ def test_a_folder_is_not_checked_until_its_code_is_trusted(tmp_path: Path) -> No
 
 def test_pytest_has_a_test_for_each_finding(tmp_path: Path) -> None:
     points = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["entry-points"]
-    project = plan_project(tmp_path, "pickled")
+    project = plan_project(tmp_path / "plugin", "untitled")
     create_project(project, {"model.py": textwrap.dedent(SIMPLE), "template.toml": "title = 3"})
+    (tmp_path / "pytest.ini").write_text("[pytest]\nsilkscreen_check = plugin\n")
     installed = importlib_metadata.entry_points(group="pytest11")
     plugin = [] if "silkscreen" in installed.names else ["-p", points["pytest11"]["silkscreen"]]
     words = [sys.executable, "-m", "pytest", *plugin, "--silkscreen-check", "-p", "no:cacheprovider"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 2 passed" in done.stdout
-    assert "silkscreen check .: manifest" in done.stdout
+    assert "silkscreen check plugin: manifest" in done.stdout
     assert "title has to be text" in done.stdout
     assert "cure: change template.toml" in done.stdout

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import Flux2Pipeline
 from PIL import Image
 from safetensors.torch import save_file
 from silkscreen import TemplatePipeline, load_base
+from silkscreen.cli import command_line
 from silkscreen.errors import ContractError, InputError
 from silkscreen.flux2.context import TemplateContext
 from silkscreen.flux2.loading import base_of
@@ -236,6 +238,21 @@ def test_weights_in_parts_beside_the_model_and_arguments_of_its_constructor_are_
     save_file({"key": torch.full((1, 2, 6, 32), 3.0)}, path / "a.safetensors")
     save_file({"value": torch.full((1, 2, 6, 32), 5.0)}, path / "parts" / "b.safetensors")
     assert fields(path, tiny)["kv_cache"]["single_0"][0].unique().tolist() == [15.0]
+
+
+def test_the_command_line_takes_pictures_without_a_manifest_and_repeats_what_it_drew(
+    folder: Make, tmp_path: Path
+) -> None:
+    body = "return {'given': pipe.preprocess_image(image).mean().expand(1, 2, 6, 32)}"
+    path = folder(body, KV, "image, ")
+    a_picture().save(tmp_path / "in.png")
+    words = [["-t", str(path), f"image={tmp_path / 'in.png'}", "--steps", "2"], ["--like", str(tmp_path / "0.png")]]
+    for number, given in enumerate(words):
+        prompt = [] if number else [PROMPT]
+        drawing = ["generate", *prompt, *given, "--trust-code", "-o", str(tmp_path / f"{number}.png")]
+        result = CliRunner().invoke(command_line(), drawing)
+        assert result.exit_code == 0, result.output
+    assert Image.open(tmp_path / "0.png").tobytes() == Image.open(tmp_path / "1.png").tobytes()
 
 
 def test_other_fields_become_arguments_of_the_pipelines_call(tiny: Any, folder: Make) -> None:

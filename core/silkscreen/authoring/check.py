@@ -45,7 +45,9 @@ TINY = "flux2-tiny"
 UNTRAINED = "untrained"
 """Key in the metadata of weights that were made and not learned; see `silkscreen.authoring.new`."""
 
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+"""What ends the names of files that can run any code when they are read."""
+
 _LARGEST_SIDE = 256
 _TOLERANCE = 0.02
 """What two pictures, 0 to 1, may differ by when only how they were computed does."""
@@ -127,7 +129,7 @@ def check(
     ask("batch", trial[0].is_safe_in_batches)
     ask("sizes", trial[0].draws_two_sizes)
     ask("gradient", trial[0].gradient_arrives)
-    ask("example", lambda: _example_runs(found, template, trial[0].base_id))
+    ask("example", lambda: _example_runs(found, template, base or trial[0].base_id))
     return findings
 
 
@@ -200,7 +202,7 @@ def _imports_quietly(target: Target) -> str:
 
 
 def _whole_weights(template: Template) -> str:
-    pickles = sorted(path.name for path in template.folder.rglob("*") if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in template.folder.rglob("*") if path.suffix in PICKLES)
     if pickles:
         raise _FaultError(
             f"{', '.join(pickles)} in {template.folder}", "save weights by safetensors, and remove pickles"
@@ -260,9 +262,9 @@ def _load(trial: list[_Trial], template: Template, base: str | None) -> str:
     if base is None:
         wanted = sorted(template.bases or (TINY,), key=lambda base_id: base_id != TINY)
         obstacles = {base_id: obstacle_to(base_id) for base_id in wanted}
-        here = [base_id for base_id in wanted if not obstacles[base_id] and _has_weights(template, base_id)]
+        here = [base_id for base_id in wanted if not obstacles[base_id]]
         if not here:
-            missing = "; ".join(why or f"there are no weights for {base_id}" for base_id, why in obstacles.items())
+            missing = "; ".join(obstacles.values())
             raise _FaultError(
                 f"it is for no base on this disk: {missing}", "add weights for flux2-tiny, or name a base with --base"
             )
@@ -271,10 +273,6 @@ def _load(trial: list[_Trial], template: Template, base: str | None) -> str:
     pipe.set_progress_bar_config(disable=True)
     trial.append(_Trial(template, pipe))
     return f"drawn with {trial[0].base_id}"
-
-
-def _has_weights(template: Template, base_id: str) -> bool:
-    return template.has_weights(base_id) or not template.weight_paths(base_id)
 
 
 class _Trial:
@@ -467,7 +465,7 @@ def _listed(names: Sequence[str]) -> str:
 # -- as a user has it
 
 
-def _example_runs(target: Target, template: Template, base_id: str) -> str:
+def _example_runs(target: Target, template: Template, base: str) -> str:
     inputs = inputs_of(template)
     command = example_command(target.name, inputs)
     with tempfile.TemporaryDirectory(prefix="silkscreen-check-") as name:
@@ -475,7 +473,15 @@ def _example_runs(target: Target, template: Template, base_id: str) -> str:
         for key, value in plain_values(inputs, (128, 128), 0).items():
             if inputs[key].type in ("image", "mask"):
                 (value[0] if isinstance(value, list) else value).save(folder / f"{key}.png")
-        words = [sys.executable, "-m", *shlex.split(command), "--steps", "2", "--base", base_id]
+        words = [
+            sys.executable,
+            "-m",
+            *shlex.split(command),
+            "--steps",
+            "2",
+            "--base",
+            str(Path(base).resolve()) if Path(base).is_dir() else base,
+        ]
         trust = [] if target.module else ["--trust-code"]
         try:
             run([*words, *trust], "it fails", folder=folder, variables=target.variables(folder))

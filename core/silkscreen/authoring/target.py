@@ -9,7 +9,7 @@ from pathlib import Path
 
 from silkscreen import registry
 from silkscreen.authoring.project import Project, import_project, project_of, read_project
-from silkscreen.errors import UnknownNameError
+from silkscreen.errors import UnavailableError, UnknownNameError
 from silkscreen.template import Template, find_template, require_trust
 
 
@@ -75,11 +75,13 @@ def find_target(target: str | Path, trust_code: bool) -> Target:
     if not (has_project or has_model):
         try:
             entry = registry.find(registry.TEMPLATES, str(target))
-            assert entry.folder is not None
-            return Target(str(target), entry.module, entry.folder)
         except UnknownNameError:
             if ":" not in str(target) and not path.is_dir():
                 raise
+        else:
+            if entry.folder is None:
+                raise UnavailableError(f"{target}: the folder of {entry.module} is not found: install it again")
+            return Target(str(target), entry.module, entry.folder)
         return _bare(find_template(target, trust_code=trust_code).folder)
     project = read_project(path) if has_project else project_of(path)
     if project is None:
