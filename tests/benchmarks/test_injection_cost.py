@@ -2,7 +2,7 @@
 
 The bare pipeline, the injected one and attention alone run in one process and by turns, in float32, with guidance and
 templates on both sides; prompts are encoded before, and latents are not decoded. The fastest of the turns counts, for
-what disturbs one only slows it. To reach: no more than 1.1 times the bare pipeline's time and what attention takes
+what disturbs one only slows it; at one thread its CPU time, which other programs hardly change. To reach: no more than 1.1 times the bare pipeline's time and what attention takes
 longer. Where the time goes is printed for the largest k. Nothing is asserted of a time, only that the templates had an
 effect.
 """
@@ -94,12 +94,13 @@ class Drawing:
 
 def by_turns(sides: dict[str, Callable[[], Any]], turns: int) -> dict[str, float]:
     """Return the fewest seconds of each side; the first turn warms up."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(turns + 1):
         for name, side in sides.items():
-            began = time.perf_counter()
+            began = clock()
             side()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
     return {name: min(some[1:]) for name, some in times.items()}
 
 
