@@ -2,9 +2,9 @@
 
 The bare pipeline, the injected one and attention alone run in one process and by turns, in float32, with guidance and
 templates on both sides; prompts are encoded before, and latents are not decoded. The fastest of the turns counts, for
-what disturbs one only slows it; at one thread its CPU time, which other programs hardly change. To reach: no more than 1.1 times the bare pipeline's time and what attention takes
-longer. Where the time goes is printed for the largest k. Nothing is asserted of a time, only that the templates had an
-effect.
+what disturbs one only slows it; at one thread its CPU time, which other programs hardly change. To reach: no more than
+1.1 times the bare pipeline's time and what attention takes longer. Where the time goes is printed for the largest k.
+Nothing is asserted of a time, only that the templates had an effect.
 """
 
 from __future__ import annotations
