@@ -327,7 +327,7 @@ def _read_input(name: str, table: Any, problems: list[str]) -> Input:
     if not isinstance(table, dict):
         problems.append(f"{where} has to be a table")
         return Input(name, "text")
-    known = {field.name for field in dataclasses.fields(Input)} - {"name"}
+    known = {field.name for field in dataclasses.fields(Input)} - {"name"} | {"optional"}
     problems += [f"{where} unknown key {key!r}: known are {', '.join(sorted(known))}" for key in table.keys() - known]
     if name in RESERVED_NAMES:
         problems.append(f"{where} may not have this name, which means the same for every template: rename the input")
@@ -339,7 +339,11 @@ def _read_input(name: str, table: Any, problems: list[str]) -> Input:
     if table["type"] == "choice" and not (table.get("choices") and _is_list_of_text(table["choices"])):
         problems.append(f"{where} a choice needs choices, a list of text")
         return Input(name, "text")
-    given = {key: value for key, value in table.items() if key in known}
+    given = {key: value for key, value in table.items() if key in known - {"optional"}}
+    if table.get("optional") is True:
+        given.setdefault("default", None)
+    elif "optional" in table:
+        problems.append(f"{where} optional is for inputs that may be left out: make it true, or leave it out")
     result = Input(name, **{**given, "choices": tuple(given.get("choices", ()))})
     for key in ("minimum", "maximum"):
         bound = table.get(key)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from silkscreen import find_template
 from silkscreen.architectures.dit import PictureKV, from_transformer
 from silkscreen.architectures.value import ValueEncoder, sinusoids
 from silkscreen.cache import TemplateCache, inject
+from silkscreen.weights import TensorFile, differences
 from torch import nn
 
 KLEIN_BASE_4B = "black-forest-labs/FLUX.2-klein-base-4B"
@@ -59,6 +61,42 @@ def test_structure_for_klein_base_4b_has_the_published_tensors() -> None:
     assert shapes["single_transformer_blocks.19.to_qkv_mlp_proj.weight"] == (27648, 3072)
     renamed = from_transformer(klein_4b_transformer().state_dict())
     assert {name: tuple(value.shape) for name, value in renamed.items()} == shapes
+
+
+def published_structure() -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor in the published file, written out."""
+    dim, head = 3072, 128
+    shapes: dict[str, tuple[int, ...]] = {
+        "time_guidance_embed.timestep_embedder.0": (dim, 256),
+        "time_guidance_embed.timestep_embedder.2": (dim, dim),
+        "double_stream_modulation_img.linear": (6 * dim, dim),
+        "double_stream_modulation_txt.linear": (6 * dim, dim),
+        "single_stream_modulation.linear": (3 * dim, dim),
+        "img_embedder": (dim, 128),
+        "txt_embedder": (dim, 7680),
+        "norm_out.linear": (2 * dim, dim),
+        "proj_out": (128, dim),
+    }
+    for block in range(5):
+        for side in ("img", "txt"):
+            prefix = f"transformer_blocks.{block}.{side}"
+            shapes |= {f"{prefix}_to_qkv": (3 * dim, dim), f"{prefix}_to_out": (dim, dim)}
+            shapes |= {f"{prefix}_norm_q": (head,), f"{prefix}_norm_k": (head,)}
+            shapes |= {f"{prefix}_ff.linear_in": (6 * dim, dim), f"{prefix}_ff.linear_out": (dim, 3 * dim)}
+    for block in range(20):
+        prefix = f"single_transformer_blocks.{block}"
+        shapes |= {f"{prefix}.to_qkv_mlp_proj": (9 * dim, dim), f"{prefix}.to_out": (dim, 4 * dim)}
+        shapes |= {f"{prefix}.norm_q": (head,), f"{prefix}.norm_k": (head,)}
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def test_the_published_files_are_named_as_sources_and_load_into_the_plugins() -> None:
+    for name, published in (("brightness", "Brightness"), ("structure", "ControlNet")):
+        source = f"modelscope:DiffSynth-Studio/Template-KleinBase4B-{published}:model.safetensors"
+        assert find_template(name).weight_paths(KLEIN_BASE_4B) == [source]
+    file = TensorFile(Path("model.safetensors"), published_structure())
+    assert sum(math.prod(shape) for shape in file.shapes.values()) == 3_875_544_576
+    assert differences(on_meta("structure", KLEIN_BASE_4B), [file]) == []
 
 
 def test_the_transformer_they_are_for_has_the_published_fingerprint() -> None:

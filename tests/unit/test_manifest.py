@@ -126,3 +126,19 @@ def test_a_picture_that_has_changed_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (40, 20), "blue").save(tmp_path / "a.png")
     with pytest.raises(InputError, match=rf"a\.png: the file has changed, its SHA-256 was {picture.sha256} and is"):
         image.check(picture)
+
+
+def test_an_optional_input_may_be_left_out_and_is_then_not_given(tmp_path: Path) -> None:
+    text = '[inputs.mask]\ntype = "mask"\noptional = {}\n'
+    inputs = read_manifest(written(tmp_path, text.format("true"))).inputs
+    assert inputs is not None
+    assert check_values(inputs, {}) == {}
+    with pytest.raises(ManifestError, match=r"\[inputs\.mask\] optional is for inputs that may be left out"):
+        read_manifest(written(tmp_path, text.format("false")))
+
+
+def test_a_picture_is_told_by_its_suffix_where_no_type_tells(tmp_path: Path) -> None:
+    spec = Input("drawn", "any")
+    Image.new("RGB", (2, 3)).save(tmp_path / "a.png")
+    assert spec.check(spec.parse(str(tmp_path / "a.png"))).size == (2, 3)
+    assert (spec.parse("0.5"), spec.parse("some words")) == (0.5, "some words")

@@ -33,7 +33,7 @@ class _Kind:
 KINDS: Mapping[str, _Kind] = {
     "value": _Kind("brightness", "2e-3"),
     "image": _Kind("structure", "1e-3"),
-    "lora": _Kind("brightness", "1e-2"),
+    "lora": _Kind("brightness", "2e-3"),
     "text": _Kind("brightness", "2e-3"),
 }
 

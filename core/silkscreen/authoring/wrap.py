@@ -15,13 +15,13 @@ import tomli_w
 from huggingface_hub import metadata_load
 from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
 
-from silkscreen import weights
+from silkscreen import registry, weights
 from silkscreen.authoring.inputs import guessed_inputs
 from silkscreen.authoring.project import Project, create_project, import_project, normalised, plan_project
 from silkscreen.carriers import ALIASES, carriers
 from silkscreen.errors import ProjectError
 from silkscreen.files import sha256
-from silkscreen.manifest import MISSING, Input, example_command
+from silkscreen.manifest import Input, example_command
 from silkscreen.template import Template, find_template
 
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
@@ -89,10 +89,11 @@ def wrap(
         ContractError, WeightsError: the folder holds no template, or cannot be had.
         ProjectError: files exist where some would be written; or the source is an installed template.
     """
+    for entry in registry.entries(registry.TEMPLATES):
+        if str(source) in (entry.name, entry.qualified_name):
+            raise ProjectError(f"{source} is installed already, by {entry.distribution}: name a folder or a repository")
     template = find_template(source, trust_code=trust_code)
     model = template.folder / "model.py"
-    if Path(template.module.__file__ or "").resolve() != model.resolve():
-        raise ProjectError(f"{source} is installed already, by {template.origin}: name a folder or a repository")
     name = normalised(name or template.name)
     project = plan_project(folder or Path(f"silkscreen-{name}"), name)
     card = _read_card(template.folder)
@@ -192,11 +193,15 @@ def _manifest(
     data: dict[str, Any] = {"title": _title(name), "summary": f"{_title(name)}, as published.", "bases": wanted}
     data["carriers"] = held
     if inputs:
-        data["inputs"] = {
-            name: {"type": spec.type} | ({} if spec.default in (MISSING, None) else {"default": spec.default})
-            for name, spec in inputs.items()
-        }
+        data["inputs"] = {name: {"type": spec.type, **_default(spec)} for name, spec in inputs.items()}
     return tomli_w.dumps(data)
+
+
+def _default(spec: Input) -> dict[str, Any]:
+    """Return what a manifest says of an input that may be left out; TOML has no None."""
+    if spec.required:
+        return {}
+    return {"optional": True} if spec.default is None else {"default": spec.default}
 
 
 def _title(name: str) -> str:

@@ -51,7 +51,7 @@ def command(name: str) -> None:
 
 
 def _value(value: object) -> str:
-    return "" if value is MISSING else str(value).lower() if isinstance(value, bool) else repr(value)
+    return "" if value is MISSING or value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _parameters(path: Path) -> str:

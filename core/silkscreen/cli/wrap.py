@@ -26,8 +26,8 @@ def command(
 ) -> None:
     """Make an installable plugin of SOURCE, a folder or a repository with a model.py.
 
-    The code is taken as it is; pyproject.toml, README and, where there is none, template.toml are written around it, with
-    the inputs of its signature, its licence and its origin. A repository's weights are named by their source.
+    The code is taken as it is; pyproject.toml, README and, where there is none, template.toml are written around it,
+    with the inputs of its signature, its licence and its origin. A repository's weights are named by their source.
 
     \b
     Examples:

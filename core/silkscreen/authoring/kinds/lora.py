@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Direction(nn.Module):
-    """A low-rank update of the layers that end each block's attention, one direction and its opposite.
+    """A low-rank update of layers in every block, one direction and its opposite.
 
     Args:
         num_layers, num_single_layers, num_attention_heads, attention_head_dim: the base's geometry.
@@ -21,11 +21,15 @@ class Direction(nn.Module):
     ) -> None:
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        # A single block's last layer takes the attention's result and three times as much of its feed-forward part.
-        self.layers = {f"transformer_blocks.{i}.attn.to_out.0": dim for i in range(num_layers)}
-        self.layers |= {f"single_transformer_blocks.{i}.attn.to_out": 4 * dim for i in range(num_single_layers)}
-        self.a = nn.ParameterList(torch.randn(rank, size) / size**0.5 for size in self.layers.values())
-        self.b = nn.ParameterList(torch.zeros(dim, rank) for _ in self.layers)
+        # Outputs and inputs. A single block's two layers hold its feed-forward part, of 3 dim, too.
+        self.layers: dict[str, tuple[int, int]] = {}
+        for i in range(num_layers):
+            self.layers |= {f"transformer_blocks.{i}.attn.{end}": (dim, dim) for end in ("to_v", "to_out.0")}
+        for i in range(num_single_layers):
+            self.layers[f"single_transformer_blocks.{i}.attn.to_qkv_mlp_proj"] = (9 * dim, dim)
+            self.layers[f"single_transformer_blocks.{i}.attn.to_out"] = (dim, 4 * dim)
+        self.a = nn.ParameterList(torch.randn(rank, inputs) / inputs**0.5 for _, inputs in self.layers.values())
+        self.b = nn.ParameterList(torch.zeros(outputs, rank) for outputs, _ in self.layers.values())
 
     @torch.no_grad()
     def process_inputs(self, pipe: Any, scale: float, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -49,6 +53,6 @@ TEMPLATE_MODEL_CONFIG = {
         "num_single_layers": 4,
         "num_attention_heads": 6,
         "attention_head_dim": 32,
-        "rank": 4,
+        "rank": 8,
     },
 }

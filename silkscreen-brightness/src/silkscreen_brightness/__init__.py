@@ -1,0 +1,1 @@
+"""The brightness template: sets how bright the picture is."""
