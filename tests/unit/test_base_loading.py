@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
+from modelscope_hub import set_default_config
 from safetensors.torch import load_file, save_file
 from silkscreen import TemplatePipeline, find_template, load_base
 from silkscreen.bases import Base, find_base, known_bases
@@ -369,10 +370,13 @@ def test_a_base_in_a_package_is_on_this_disk_and_a_published_one_is_not(tmp_path
     assert components_on_disk(find_base("black-forest-labs/FLUX.2-dev")) == []
 
 
-def test_components_in_the_cache_of_modelscope_are_on_this_disk(tmp_path: Path, monkeypatch: Any) -> None:
+def test_components_in_the_cache_of_modelscope_are_on_this_disk(
+    tmp_path: Path, monkeypatch: Any, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
-    for parent in ("", "models", "hub/models"):
-        folder = tmp_path / parent / "black-forest-labs" / "FLUX.2-klein-9B" / "vae"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
+    set_default_config(None)  # the client keeps what it has read of the environment
+    request.addfinalizer(lambda: set_default_config(None))
+    folder = tmp_path / "models" / "black-forest-labs--FLUX.2-klein-9B" / "snapshots" / "master" / "vae"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
     assert components_on_disk(find_base("black-forest-labs/FLUX.2-klein-9B")) == ["vae"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 from silkscreen.bases import Base
@@ -28,7 +27,6 @@ def _is_there(reference: str, folder: Path, hub: str | None) -> bool:
     return copy is not None and any(path.suffix in (".json", ".safetensors") for path in (copy / path).glob("*"))
 
 
-@cache
 def _copy(hub: str, repo: str, revision: str | None) -> Path | None:
     try:
         if hub == "modelscope":
