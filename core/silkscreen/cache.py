@@ -348,10 +348,11 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache) -> Iterator[None]:
-    """Let the carriers of both sides act on a pipeline for as long as the context lasts."""
-    both = _as_one(positive, negative)
-    made = {POSITIVE: positive, NEGATIVE: negative} | ({BOTH: both} if both else {})
+def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache | None) -> Iterator[None]:
+    """Let the carriers of both sides act on a pipeline for as long as the context lasts; None for a side not run."""
+    both = _as_one(positive, negative) if negative else None
+    every = {POSITIVE: positive, NEGATIVE: negative, BOTH: both}
+    made = {side: cache for side, cache in every.items() if cache}
     sides = Sides(
         {side: cache.fields for side, cache in made.items()}, {side: cache.later for side, cache in made.items()}
     )

@@ -35,7 +35,7 @@ class Setting:
 
 
 SETTINGS = {
-    tiny: Setting(128, steps=48, batches=(4, 16)),
+    tiny: Setting(128, steps=48, batches=(4, 8, 16)),
     scaled_klein: Setting(256, steps=8, batches=(1, 2)),
 }
 

@@ -51,7 +51,6 @@ from silkscreen.training.models import read_components, training_base
 from silkscreen.training.store import Example, ExampleStore, StoreError, read_index
 from silkscreen.training.trainable import choose_trainable, trained_names
 
-_EMPTY = TemplateCache({}, {}, "")
 _NOT_OF_THE_RUN = (
     "output_path", "resume", "num_epochs", "batch_size", "dataset_num_workers", "no_cache", "trust_code",
     "save_steps", "save_dtype", "checkpoints_total_limit", "log_with", "validation_prompts", "validation_steps",
@@ -479,7 +478,7 @@ class _Run:
                 "transformer alone: only carriers can be trained"
             )
         cache.check(self.context.base)
-        with inject(self.pipe, cache, _EMPTY):
+        with inject(self.pipe, cache, None):
             with self.accelerator.autocast():
                 velocity = transformer(
                     hidden_states=pack(noisy).to(self.context.torch_dtype),
