@@ -16,13 +16,15 @@ from diffusers import Flux2Transformer2DModel
 from safetensors.torch import load_file, save_file
 from silkscreen import TemplatePipeline, find_template, load_base
 from silkscreen.bases import Base, find_base, known_bases
-from silkscreen.errors import BaseError, UnknownNameError
+from silkscreen.errors import BaseError, TrainingError, UnknownNameError
 from silkscreen.flux2.checking import check_component, fingerprint
 from silkscreen.flux2.configuration import MODELS, configuration, empty_model
 from silkscreen.flux2.loading import component_references
 from silkscreen.flux2.on_disk import components_on_disk
 from silkscreen.flux2.placing import offload_of, place
 from silkscreen.flux2.quantizing import parse_quantize
+from silkscreen.training.config import TrainingConfig
+from silkscreen.training.models import read_components
 from small_flux2 import build_pipeline, draw, random_picture
 
 CPU = torch.device("cpu")
@@ -380,6 +382,31 @@ def test_the_repeated_blocks_are_compiled(saved: Path) -> None:
     pipe = load_base(saved, compile=True)
     assert isinstance(pipe.transformer, Flux2Transformer2DModel)
     assert all(block._compiled_call_impl is not None for block in pipe.transformer.transformer_blocks)
+
+
+# -- in training
+
+
+def config(**settings: Any) -> TrainingConfig:
+    return TrainingConfig(template_model_id_or_path="brightness", dataset_metadata_path=Path("x.jsonl"), **settings)
+
+
+def test_training_takes_no_float8_weights() -> None:
+    with pytest.raises(TrainingError, match=r"--quantize fp8 saves nothing here.*: use int8 or nf4"):
+        config(quantize="fp8")
+
+
+def test_training_takes_components_from_elsewhere() -> None:
+    assert read_components("vae=my-vae, transformer=one.safetensors") == {
+        "vae": "my-vae",
+        "transformer": "one.safetensors",
+    }
+    assert read_components(None) == {}
+
+
+def test_components_that_are_no_pairs_are_refused() -> None:
+    with pytest.raises(TrainingError, match="--components 'vae': write NAME=FOLDER"):
+        read_components("vae")
 
 
 # -- which bases are there
