@@ -85,11 +85,8 @@ def main() -> None:
             ("start=0.25", draw({**bright, "start": 0.25})),
             ("left.png", left.convert("RGB")),
             (
-                "0.9 left, 0.1 right, strength=8",
-                draw(
-                    {**bright, "region": left, "strength": 8},
-                    {**bright, "scale": 0.1, "region": right, "strength": 8},
-                ),
+                "0.9 left, 0.1 right",
+                draw({**bright, "region": left}, {**bright, "scale": 0.1, "region": right}),
             ),
         ]
     ).save(ROOT / "core/docs/control.png")

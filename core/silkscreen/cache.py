@@ -22,9 +22,13 @@ from silkscreen.content import content, nbytes
 from silkscreen.control import Control
 from silkscreen.errors import CacheError
 from silkscreen.files import replacing, sha256
-from silkscreen.flux2.sides import NEGATIVE, POSITIVE, Fields, Later, Sides, fields_at
+from silkscreen.flux2.guidance import in_one_pass
+from silkscreen.flux2.sides import BOTH, NEGATIVE, POSITIVE, Fields, Later, Sides, fields_at
 
 ConflictPolicy = Literal["error", "first", "last"]
+
+_MOST_BYTES_AS_ONE = 2**26
+"""Caches of both sides that are larger belong to passes that are too large to be one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,6 +313,8 @@ def _stack_fields(pictures: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     known = carriers()
     stacked = {}
     for name in dict.fromkeys(name for fields in pictures for name in fields):
+        if not hasattr(known[name], "stack"):
+            raise CacheError(f"the carrier {name!r} is for one picture a call: draw them in calls of their own")
         having = [name in fields for fields in pictures]
         if not all(having) and not hasattr(known[name], "nothing"):
             raise CacheError(
@@ -344,8 +350,10 @@ def _equal(one: Any, other: Any) -> bool:
 @contextmanager
 def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache) -> Iterator[None]:
     """Let the carriers of both sides act on a pipeline for as long as the context lasts."""
+    both = _as_one(positive, negative)
+    made = {POSITIVE: positive, NEGATIVE: negative} | ({BOTH: both} if both else {})
     sides = Sides(
-        {POSITIVE: positive.fields, NEGATIVE: negative.fields}, {POSITIVE: positive.later, NEGATIVE: negative.later}
+        {side: cache.fields for side, cache in made.items()}, {side: cache.later for side, cache in made.items()}
     )
     used = [carrier for name, carrier in carriers().items() if sides.has(name)]
     with ExitStack() as stack:
@@ -353,4 +361,16 @@ def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache) -> Itera
             stack.enter_context(sides.follow(pipe))
         for carrier in used:
             stack.enter_context(carrier.inject(pipe, sides))
+        if used and both:
+            stack.enter_context(in_one_pass(pipe.transformer, sides))
         yield
+
+
+def _as_one(positive: TemplateCache, negative: TemplateCache) -> TemplateCache | None:
+    """Return the caches of both sides as that of a batch of two pictures, or None where that is not to be had."""
+    if nbytes([positive.fields, negative.fields]) > _MOST_BYTES_AS_ONE:
+        return None
+    try:
+        return stack([dataclasses.replace(cache, arguments={}) for cache in (positive, negative)])
+    except CacheError:  # a carrier cannot have it
+        return None

@@ -22,7 +22,8 @@ class Control:
             softmax of attention, and a factor of a LoRA.
         start, end: the part of the denoising steps in which the template acts, as fractions of their number.
         region: a greyscale picture, stretched over the drawn one. The template acts on tokens of the picture where it
-            is white, by a share where it is grey, and on no other token; None is everywhere, and on all tokens.
+            is white, by a share where it is grey, and, for keys and values, on a copy of the prompt of its own;
+            None is everywhere.
     """
 
     strength: float = 1.0

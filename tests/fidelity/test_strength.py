@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 from measure import draw, held_out_scenes
 from PIL import Image
 from silkscreen import TemplatePipeline
@@ -30,7 +29,6 @@ def test_brightness_rises_with_strength_and_falls_with_an_early_end(tiny: Any) -
     assert (half < levels[-1] - 0.02).all()
 
 
-@pytest.mark.xfail(strict=True, reason="flux2-tiny gives a picture one exposure: the halves differ by about 0.1")
 def test_two_regions_have_a_brightness_each(tiny: Any) -> None:
     prompts = [scene.prompt for scene in held_out_scenes(8)]
     left, right = Image.new("L", (128, 128)), Image.new("L", (128, 128))
@@ -39,4 +37,6 @@ def test_two_regions_have_a_brightness_each(tiny: Any) -> None:
     inputs = [{"scale": 0.9, "region": left}, {"scale": 0.1, "region": right}]
     pictures = draw(tiny, TemplatePipeline("brightness"), prompts, inputs)
     halves = [luminance([picture.crop(box) for picture in pictures]) for box in ((0, 0, 64, 128), (64, 0, 128, 128))]
-    assert (halves[0] - halves[1]).mean() >= 0.4
+    difference = halves[0] - halves[1]
+    assert difference.mean() >= 0.4
+    assert difference.min() >= 0.35

@@ -291,7 +291,7 @@ def test_compiled_blocks_take_updates_and_compile_once(small_pipe: Any) -> None:
             drawn = draw(small_pipe, num_inference_steps=steps)
         counts.append(len(graphs))
         if steps == 2:
-            assert np.array_equal(drawn, expected)
+            np.testing.assert_allclose(drawn, expected, atol=1e-5)
     assert counts == [4, 4, 4]  # a single block with an update, and one without on the other side
     assert np.array_equal(draw(small_pipe), bare)
     assert len(graphs) == 4

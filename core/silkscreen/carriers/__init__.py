@@ -21,6 +21,7 @@ class Carrier(Protocol):
 
     It may also have a method `control(value, strength, region)`, which returns the value at a strength, and in a
     `silkscreen.carriers.weights.Region` if there is one; without it, another strength than 1 and a region are refused.
+    It may do without `stack`: then all pictures of a call share its values.
     And it may have an attribute `nothing`, a value without effect; without it, all pictures of a call need the carrier
     if one has it.
     """
@@ -52,7 +53,10 @@ class Carrier(Protocol):
         """Return a value's size in a few words, as `8 tokens in 6 blocks`."""
 
     def inject(self, pipe: Any, sides: Sides) -> AbstractContextManager[None]:
-        """Let the sides' values of this carrier act on a pipeline, for as long as the context lasts."""
+        """Let the sides' values of this carrier act on a pipeline, for as long as the context lasts.
+
+        `sides.current` tells the running side's value; in a pass that is for both sides at once, it is their stack.
+        """
 
 
 def carriers() -> dict[str, Carrier]:

@@ -75,7 +75,7 @@ class ExtraTextEmbedding:
             }
             return args, {**kwargs, **longer}
 
-        hook = pipe.transformer.register_forward_pre_hook(append, with_kwargs=True)
+        hook = pipe.transformer.register_forward_pre_hook(append, prepend=True, with_kwargs=True)
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ from torch import nn
 from silkscreen.bases import Base, Geometry
 from silkscreen.carriers.weights import Placed, Region, Weights
 from silkscreen.errors import CacheError, PipelineError
-from silkscreen.flux2.sides import Sides
+from silkscreen.flux2.sides import Call, Sides
 
 _KEY = re.compile(
     r"(?:diffusion_model\.|transformer\.)?(?P<module>.+)\."
@@ -169,7 +169,7 @@ class LoRA:
         def placed(weights: Weights, ids: torch.Tensor | None, device: torch.device) -> Placed:
             return weights.at(ids).map(lambda tensor: tensor.to(device))
 
-        def select() -> None:
+        def select(call: Call) -> Call:
             update = updates.get(id(sides.current(self.name)), {})
             for module, layer in layers.items():
                 a, b, weights = update.get(module, (None, None, None))
@@ -177,6 +177,7 @@ class LoRA:
                 layer.weights = None
                 if a is not None and weights is not None and not weights.plain:
                     layer.weights = placed(weights, sides.picture_ids, a.device)
+            return call
 
         try:
             for module, layer in layers.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -14,15 +15,22 @@ import torch
 from PIL import Image
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Region:
     """A part of the picture.
 
     Attributes:
-        mask: greyscale, white inside; it is stretched over the picture.
+        mask: greyscale, white inside; it is stretched over the picture. Regions of equal masks are equal.
     """
 
     mask: Image.Image
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.mask.size, self.mask.tobytes()))
 
     def at(self, ids: torch.Tensor) -> torch.Tensor:
         """Return how much of each token is inside, (N,) in 0..1, by the ids (N, 4) of the picture sequence.

@@ -2,7 +2,7 @@
 
 Shapes: B batch, N tokens, T template tokens, H heads, D head size. Template keys and values are (B or 1, T, H, D); they
 come last, after the query-key norm and RoPE, and only keys and values grow: no query sees a token added to its side.
-A token of weight w has log w added to its logits.
+A token of weight w has log w added to its logits; regions weigh the block's own tokens too.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 
 from silkscreen.carriers.kv_cache import KV, weights_of
-from silkscreen.carriers.weights import Placed, Weights
+from silkscreen.carriers.weights import Weights
 from silkscreen.errors import PipelineError
+from silkscreen.flux2.regions import Separation
 from silkscreen.flux2.sides import Sides
 
 
@@ -34,13 +35,13 @@ class _TemplateProcessor:
 
     Attributes:
         kv: the template's keys and values for this pass.
-        weights: logarithms of their weights; None when all weights are 1.
+        bias: (P, 1 or N, T or N + T), what is added to the logits, for template tokens or for all; None for nothing.
     """
 
     def __init__(self, original: Any) -> None:
         self.original = original
         self.kv: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.weights: Placed | None = None
+        self.bias: torch.Tensor | None = None
 
     def attend(
         self,
@@ -54,9 +55,9 @@ class _TemplateProcessor:
         extra_key, extra_value = (
             extra.to(query.device, query.dtype).expand(query.shape[0], -1, -1, -1) for extra in kv
         )
-        if self.weights is not None:
-            bias = self.weights.over(query.shape[1]).to(query.device, query.dtype)
-            bias = torch.nn.functional.pad(bias, (key.shape[1], 0)).unsqueeze(1)
+        if self.bias is not None:
+            tokens = key.shape[1] + extra_key.shape[1]
+            bias = torch.nn.functional.pad(self.bias, (tokens - self.bias.shape[-1], 0)).unsqueeze(1)
             attention_mask = bias if attention_mask is None else bias + attention_mask
         hidden: torch.Tensor = dispatch_attention_fn(
             query,
@@ -159,33 +160,48 @@ def attention_modules(transformer: Any) -> dict[str, Any]:
 @contextmanager
 def inject_kv(transformer: Any, sides: Sides) -> Iterator[None]:
     """Put template processors into a transformer, and the very ones that were there back in the end."""
-    used: dict[str, list[KV]] = {}
-    for value in sides.values("kv_cache"):
-        for block, kv in value.items():
-            used.setdefault(block, []).append(kv)
-    modules = {block: attention for block, attention in attention_modules(transformer).items() if block in used}
+    values: list[Mapping[str, KV]] = sides.values("kv_cache")
+    regional = any(weights_of(kv).regional for value in values for kv in value.values())
+    used = {block for value in values for block in value}
+    modules = {
+        block: attention for block, attention in attention_modules(transformer).items() if regional or block in used
+    }
     originals = {block: attention.processor for block, attention in modules.items()}
     processors = {block: _PROCESSORS[type(original)](original) for block, original in originals.items()}
+    separation_of = cache(Separation.of)
 
     @cache
-    def logarithms(weights: Weights, ids: torch.Tensor | None, device: torch.device, dtype: torch.dtype) -> Placed:
-        return weights.at(ids).map(lambda tensor: tensor.log().to(device, dtype))
+    def bias(
+        weights: Weights, separation: Separation | None, text: int, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        if separation is not None:
+            return separation.bias(weights, text).to(device, dtype)
+        return None if weights.plain else weights.at(None).elsewhere.log().to(device, dtype)
 
-    def select() -> None:
+    def select(call: Mapping[str, Any]) -> Mapping[str, Any]:
         current: Mapping[str, KV] = sides.current("kv_cache") or {}
+        separation, text = None, 0
+        if regional and current:
+            weights = tuple(dict.fromkeys(weights_of(kv) for kv in current.values()))
+            separation, text = separation_of(weights, sides.picture_ids), call["encoder_hidden_states"].shape[1]
         for block, processor in processors.items():
             kv = current.get(block)
+            if separation is not None and kv is None:
+                kv = _no_tokens(current)
             processor.kv = kv and kv[:2]
-            processor.weights = None
-            if kv and len(kv) == 3:
-                processor.weights = logarithms(kv[2], sides.picture_ids, kv[0].device, kv[0].dtype)
+            processor.bias = kv and bias(weights_of(kv), separation, text, kv[0].device, kv[0].dtype)
+        return call if separation is None else separation.repeat_text(call)
 
     try:
         for block, attention in modules.items():
             attention.set_processor(processors[block])
-        regional = any(weights_of(kv).regional for some in used.values() for kv in some)
         with sides.watch(select, with_ids=regional):
             yield
     finally:
         for block, attention in modules.items():
             attention.set_processor(originals[block])
+
+
+def _no_tokens(value: Mapping[str, KV]) -> KV:
+    key, value_, *_ = next(iter(value.values()))
+    return key[:1, :0], value_[:1, :0]

@@ -41,7 +41,7 @@ class TemplateContext:
         self._pipe = pipe
         self.base: Base = base_of(pipe)
         self.torch_dtype: torch.dtype = pipe.transformer.dtype
-        self.device: torch.device = pipe._execution_device
+        self.device: torch.device = torch.device(get_module_execution_device(pipe.transformer))
         self.offload = offload_of(pipe)
         self.vae = _Encoder(pipe)
         self.units = [Flux2Unit_Qwen3PromptEmbedder()]

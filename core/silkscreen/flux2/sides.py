@@ -15,6 +15,7 @@ from silkscreen.flux2.replacing import method_replaced
 
 POSITIVE = "cond"
 NEGATIVE = "uncond"
+BOTH = "both"
 
 Fields = Mapping[str, Any]
 """Contents by carrier name."""
@@ -22,6 +23,12 @@ Fields = Mapping[str, Any]
 Later = Sequence[tuple[float, Fields]]
 """Fields that take the place of others in the course of a run, each with the fraction of its steps from which, rising.
 """
+
+Call = Mapping[str, Any]
+"""The arguments of a pass through the transformer, by name; none where it is not known yet."""
+
+Change = Callable[[Call], Call]
+"""What is to be done before a pass: it gets the pass's arguments, and returns them, as they are or others."""
 
 
 def fields_at(fraction: float, fields: Fields, later: Later) -> Fields:
@@ -34,7 +41,8 @@ class Sides:
     """What each side of a call has: for each side, its fields by carrier name.
 
     Attributes:
-        fields: `POSITIVE` and `NEGATIVE` to the side's fields at the first step.
+        fields: `POSITIVE` and `NEGATIVE` to the side's fields at the first step; also `BOTH`, as a batch of two, when
+            they may run in one pass.
         later: for a side, the fields that take the place of these.
         running: the side whose pass through the transformer is under way.
         picture_ids: ids (N, 4) of the transformer's picture sequence, during a pass that a carrier watches with them.
@@ -45,7 +53,7 @@ class Sides:
     running: str = POSITIVE
     picture_ids: torch.Tensor | None = None
     _pipe: Any = None
-    _watchers: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    _watchers: list[Change] = dataclasses.field(default_factory=list)
 
     def current(self, carrier: str) -> Any:
         """Return what the running side has of a carrier at this step, or None."""
@@ -60,6 +68,12 @@ class Sides:
     def has(self, carrier: str) -> bool:
         """Whether any side has content of a carrier."""
         return bool(self.values(carrier))
+
+    def run(self, side: str) -> None:
+        """Let a side be the one that is running."""
+        self.running = side
+        for change in self._watchers:
+            change({})
 
     @contextmanager
     def follow(self, pipe: Any) -> Iterator[None]:
@@ -80,9 +94,8 @@ class Sides:
 
         @contextmanager
         def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
-            before, self.running = self.running, name
-            for change in self._watchers:
-                change()
+            before = self.running
+            self.run(name)
             inner: AbstractContextManager[None] = original(name, **kwargs)
             try:
                 with inner:
@@ -94,26 +107,26 @@ class Sides:
             yield
 
     @contextmanager
-    def watch(self, change: Callable[[], None], *, with_ids: bool = False) -> Iterator[None]:
+    def watch(self, change: Change, *, with_ids: bool = False) -> Iterator[None]:
         """Call a function before each pass, once, and now if nothing changes between steps, while the context lasts.
 
         Args:
             change: puts in place what is `current`, where it can be found without looking it up.
-            with_ids: keep `picture_ids` up to date.
+            with_ids: keep `picture_ids` up to date, and give and take the arguments of each pass.
         """
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def before_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before_pass(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Call]:
             if with_ids:
                 ids = kwargs["img_ids"].reshape(-1, *kwargs["img_ids"].shape[-2:])[0]
                 if self.picture_ids is None or not torch.equal(self.picture_ids, ids):
                     self.picture_ids = ids
-            change()
+            return args, change(kwargs)
 
         if with_ids or self._changes:  # not every pipeline has cache contexts, which tell no ids either
             end = self._pipe.transformer.register_forward_pre_hook(before_pass, with_kwargs=True).remove
         else:
-            change()
+            change({})
             self._watchers.append(change)
             end = partial(self._watchers.remove, change)
         try:

@@ -1,0 +1,135 @@
+"""Both sides of guidance in one pass, as a batch of two, in which each side has its own text and its own content.
+
+A pipeline makes two passes a step. Small ones take most of their time for being started, and one of a batch of two
+takes little longer. From the second step on, the negative side's text is known when the positive pass begins; the
+negative half of the result is kept for the pass that the pipeline makes next, which then has nothing left to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from silkscreen.flux2.replacing import method_replaced
+from silkscreen.flux2.sides import BOTH, NEGATIVE, POSITIVE, Call, Sides
+
+LARGEST = 2**17
+"""Tokens times their size, in one side's pass, up to which it is run together with the other's."""
+
+_BATCHED = ("hidden_states", "timestep", "guidance", "encoder_hidden_states")
+_OTHERS = ("img_ids", "txt_ids", "joint_attention_kwargs", "return_dict")
+
+
+@contextmanager
+def in_one_pass(transformer: Any, sides: Sides) -> Iterator[None]:
+    """Let a transformer run both sides in one pass where that can be done, for as long as the context lasts.
+
+    It is not done with compiled blocks, whose batch would change, nor with those of which hooks keep something.
+    To be entered last, because a pass has to be made that of both sides before anything else is done to it.
+    """
+    if any(_is_particular(module) for module in transformer.modules()):
+        yield
+        return
+    run = _OnePass(transformer, sides)
+    context = transformer.cache_context
+
+    @contextmanager
+    def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
+        with context(run.side_of(name), **kwargs):
+            yield
+
+    end = transformer.register_forward_pre_hook(run.before_pass, prepend=True, with_kwargs=True).remove
+    try:
+        with (
+            method_replaced(transformer, "cache_context", cache_context),
+            method_replaced(transformer, "forward", run.forward),
+        ):
+            yield
+    finally:
+        end()
+
+
+class _OnePass:
+    """Where a run is between the two passes of a step."""
+
+    def __init__(self, transformer: Any, sides: Sides) -> None:
+        self._forward = transformer.forward
+        self._size: int = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self._sides = sides
+        self._text: dict[str, Any] | None = None
+        """The negative side's text, once it is known."""
+        self._expected: Call = {}
+        """The negative pass whose result is known, and it."""
+        self._result: torch.Tensor | None = None
+        self._now: Literal["one side", "both", "known"] = "one side"
+
+    def side_of(self, name: str) -> str:
+        """Return the side, or both, that a pass is to run, which the pipeline calls by a name."""
+        if name == POSITIVE and self._result is not None:  # the negative pass was not made: guidance has ended
+            self._text = self._result = None
+        return BOTH if name == POSITIVE and self._text is not None else name
+
+    def before_pass(self, _: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], Call]:
+        """Double the arguments of a pass that is to be that of both sides."""
+        self._now = "one side"
+        suits = not args and self._suits(call)
+        if self._sides.running == NEGATIVE:
+            known = self._result is not None and _equal(call, self._expected)
+            self._text = {name: call[name] for name in ("encoder_hidden_states", "txt_ids")} if suits else None
+            if known:
+                self._now = "known"
+            else:
+                self._result = None
+        if self._sides.running == BOTH:
+            negative = {**call, **(self._text or {})}
+            if suits and _equal(call, negative, but=("encoder_hidden_states",)) and _of_one_shape(call, negative):
+                self._now, self._expected = "both", negative
+                together = {
+                    name: torch.cat([call[name], negative[name]])
+                    for name in _BATCHED
+                    if isinstance(call.get(name), torch.Tensor)
+                }
+                return args, {**call, **together}
+            self._sides.run(POSITIVE)
+        return args, call
+
+    def forward(self, *args: Any, **call: Any) -> Any:
+        """Run the pass that `before_pass` has told."""
+        if self._now == "known":
+            result, self._result = self._result, None
+            return (result,)
+        output = self._forward(*args, **call)
+        if self._now == "both":
+            positive, self._result = output[0].chunk(2)
+            return (positive,)
+        return output
+
+    def _suits(self, call: Call) -> bool:
+        if not {*_BATCHED, *_OTHERS} >= call.keys() or call.get("joint_attention_kwargs") or call["return_dict"]:
+            return False
+        picture, text = call["hidden_states"], call["encoder_hidden_states"]
+        tokens: int = picture.shape[1] + text.shape[1]
+        return len(picture) == len(text) == 1 and tokens * self._size <= LARGEST
+
+
+def _is_particular(module: torch.nn.Module) -> bool:
+    compiled = module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
+    registry = getattr(module, "_diffusers_hook", None)  # may be empty
+    return compiled or (registry is not None and bool(registry.hooks))
+
+
+def _equal(one: Call, other: Call, but: tuple[str, ...] = ()) -> bool:
+    return one.keys() == other.keys() and all(_is(one[name], other[name]) for name in one if name not in but)
+
+
+def _is(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one is other or torch.equal(one, other)
+    return bool(one == other)
+
+
+def _of_one_shape(one: Call, other: Call) -> bool:
+    return bool(one["encoder_hidden_states"].shape == other["encoder_hidden_states"].shape)
