@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import nox
 
@@ -56,6 +57,14 @@ def bench(session: nox.Session) -> None:
     """Run the benchmarks."""
     install(session, *TOOLS)
     session.run("pytest", "tests/benchmarks", "-s", *session.posargs)
+
+
+@nox.session
+def full_size(session: nox.Session) -> None:
+    """Draw with a base and two templates of full size, in random weights: 26 GB of disk, and half an hour."""
+    install(session, *TOOLS)
+    with TemporaryDirectory(dir=session.create_tmp()) as folder:  # not /tmp, which may be memory
+        session.run("pytest", "tests/full_size", "-s", env={"SILKSCREEN_FULL_SIZE": folder})
 
 
 @nox.session

@@ -260,7 +260,9 @@ class _Drawing:
 
         most = max(self.phases, key=total)
         base_weights, template_weights = on_device(most)
-        beside = 0 if device.type == "cpu" or offload == "disk" else sum(held.values())
+        plain = {name: stored_bytes(model, None, self.dtype) for name, model in self.models.items()}
+        loading = max(plain[name] - held[name] for name in held)  # quantized once it is there
+        beside = 0 if device.type == "cpu" or offload == "disk" else sum(held.values()) + loading
         caches = self.caches if most.with_caches else 0
         return Need(self.dtype, offload, base_weights, template_weights, caches, most.activations, total(most), beside)
 

@@ -17,13 +17,15 @@ from modelscope_hub import set_default_config
 from safetensors.torch import load_file, save_file
 from silkscreen import TemplatePipeline, find_template, load_base
 from silkscreen.bases import Base, find_base, known_bases
-from silkscreen.errors import BaseError, UnknownNameError
+from silkscreen.errors import BaseError, TrainingError, UnknownNameError
 from silkscreen.flux2.checking import check_component, fingerprint
 from silkscreen.flux2.configuration import MODELS, configuration, empty_model
 from silkscreen.flux2.loading import component_references
 from silkscreen.flux2.on_disk import components_on_disk
 from silkscreen.flux2.placing import offload_of, place
 from silkscreen.flux2.quantizing import parse_quantize
+from silkscreen.training.config import TrainingConfig
+from silkscreen.training.models import read_components
 from small_flux2 import build_pipeline, draw, random_picture
 
 CPU = torch.device("cpu")
@@ -233,6 +235,19 @@ def test_float8_weights_of_a_single_file_are_multiplied_by_their_scales(folder: 
     assert weight.dtype == torch.float32
 
 
+def test_a_single_file_in_diffusers_naming_stays_in_its_file(folder: Path, drawn: np.ndarray) -> None:
+    path = folder / "transformer" / WEIGHTS
+    pipe = loaded(folder, components={"transformer": path}, offload="disk")
+    np.testing.assert_array_equal(draw(pipe), drawn)
+    assert all(parameter.is_meta for parameter in pipe.transformer.parameters())
+
+
+def test_a_single_file_in_the_original_naming_cannot_stay_in_its_file(folder: Path, tmp_path: Path) -> None:
+    save_file(original_naming(load_file(folder / "transformer" / WEIGHTS)), tmp_path / "one.safetensors")
+    with pytest.raises(BaseError, match=r"those of .*one\.safetensors have to be converted: name a file or folder"):
+        load_base(folder, components={"transformer": tmp_path / "one.safetensors"}, offload="disk")
+
+
 def test_a_single_file_without_a_tensor_is_refused_with_its_name(folder: Path, tmp_path: Path) -> None:
     tensors = original_naming(load_file(folder / "transformer" / WEIGHTS))
     del tensors["single_blocks.1.linear2.weight"]
@@ -269,6 +284,16 @@ def test_weights_stay_in_their_files_with_offload_disk(saved: Path, drawn: np.nd
     np.testing.assert_array_equal(draw(pipe), drawn)
     models = (pipe.transformer, pipe.text_encoder, pipe.vae)
     assert all(parameter.is_meta for model in models for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_a_text_encoder_whose_embedding_is_its_head_too_is_whole(folder: Path, tmp_path: Path, offload: Any) -> None:
+    pipe = loaded(folder)
+    config = type(pipe.text_encoder.config)(**{**pipe.text_encoder.config.to_dict(), "tie_word_embeddings": True})
+    pipe.register_modules(text_encoder=type(pipe.text_encoder)(config).eval())
+    pipe.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "text_encoder" / "model.safetensors")
+    np.testing.assert_array_equal(draw(loaded(tmp_path / "tied", offload=offload)), draw(pipe))
 
 
 def test_weights_in_files_are_computed_with_in_the_dtype_that_is_asked_for(saved: Path) -> None:
@@ -358,6 +383,31 @@ def test_the_repeated_blocks_are_compiled(saved: Path) -> None:
     pipe = load_base(saved, compile=True)
     assert isinstance(pipe.transformer, Flux2Transformer2DModel)
     assert all(block._compiled_call_impl is not None for block in pipe.transformer.transformer_blocks)
+
+
+# -- in training
+
+
+def config(**settings: Any) -> TrainingConfig:
+    return TrainingConfig(template_model_id_or_path="brightness", dataset_metadata_path=Path("x.jsonl"), **settings)
+
+
+def test_training_takes_no_float8_weights() -> None:
+    with pytest.raises(TrainingError, match=r"--quantize fp8 saves nothing here.*: use int8 or nf4"):
+        config(quantize="fp8")
+
+
+def test_training_takes_components_from_elsewhere() -> None:
+    assert read_components("vae=my-vae, transformer=one.safetensors") == {
+        "vae": "my-vae",
+        "transformer": "one.safetensors",
+    }
+    assert read_components(None) == {}
+
+
+def test_components_that_are_no_pairs_are_refused() -> None:
+    with pytest.raises(TrainingError, match="--components 'vae': write NAME=FOLDER"):
+        read_components("vae")
 
 
 # -- which bases are there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -19,6 +20,7 @@ from silkscreen import TemplatePipeline, load_base
 from silkscreen.bases import find_base
 from silkscreen.cli import command_line
 from silkscreen.errors import BaseError
+from silkscreen.flux2.checking import check_component
 from silkscreen.flux2.loading import describe_base
 from silkscreen.plan import LiveBytes, Machine, Need, first_fit, plan, this_machine
 from small_flux2 import build_pipeline
@@ -241,6 +243,23 @@ def test_fit_and_offload_are_one_too_many() -> None:
 def test_options_of_a_base_reach_it(tmp_path: Path) -> None:
     done = run("generate", "x", "--offload", "model", "--device", "cpu", "-o", str(tmp_path / "x.png"))
     assert "offload model: it moves weights" in done.output
+
+
+def test_published_tensors_are_reported_while_a_base_is_loaded(tmp_path: Path, monkeypatch: Any) -> None:
+    tiny = find_base("flux2-tiny")
+    found = check_component(tiny, "vae", tiny.folder / "vae").fingerprint
+    known = {tiny.id: dataclasses.replace(tiny, fingerprints={"vae": found})}
+    monkeypatch.setattr("silkscreen.flux2.checking.known_bases", lambda: known)
+    done = run("generate", "a small red star on a pink background", "--steps", "1", "-o", str(tmp_path / "x.png"))
+    assert f"vae: the tensors of flux2-tiny (fingerprint {found})" in done.output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("device", ["cuda", "no-such-thing"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    done = run("plan", "--device", device)
+    assert done.exit_code == 2
+    assert f"--device {device}: " in done.output
 
 
 @pytest.mark.parametrize("word", ["vae", "vae=", "=x"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -72,18 +74,19 @@ class BaseOptions:
         if self.fit:
             dtype, offload = self._fitting(found, templates, recipe, batch_size, place)
             click.echo(f"{str(dtype).removeprefix('torch.')}, offload {offload}: fits", err=True)
-        return load_base(
-            found,
-            dtype=dtype,
-            device=place,
-            hub=self.hub,  # type: ignore[arg-type]
-            revision=self.revision,
-            components=self.components,
-            offload=offload,  # type: ignore[arg-type]
-            quantize=self.quantize,
-            compile=self.compile,
-            attention_backend=self.attention_backend,
-        )
+        with _log_shown():
+            return load_base(
+                found,
+                dtype=dtype,
+                device=place,
+                hub=self.hub,  # type: ignore[arg-type]
+                revision=self.revision,
+                components=self.components,
+                offload=offload,  # type: ignore[arg-type]
+                quantize=self.quantize,
+                compile=self.compile,
+                attention_backend=self.attention_backend,
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -98,13 +101,13 @@ class BaseOptions:
         """The device as torch's.
 
         Raises:
-            click.BadParameter: torch knows no such device.
+            click.BadParameter: there is no such device.
         """
         import torch
 
         try:
-            return torch.device(self.device) if self.device else None
-        except RuntimeError as error:
+            return torch.empty(0, device=self.device).device if self.device else None
+        except (RuntimeError, AssertionError) as error:
             raise click.BadParameter(f"--device {self.device}: {str(error).splitlines()[0]}") from error
 
     def _fitting(
@@ -147,6 +150,21 @@ def base_options(function: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_OPTIONS):
         decorated = option(decorated)
     return decorated
+
+
+@contextmanager
+def _log_shown() -> Iterator[None]:
+    """Show what is logged while a base is loaded, as whose published tensors its files hold."""
+    log = logging.getLogger("silkscreen")
+    before, shown = log.level, logging.Handler()
+    shown.emit = lambda record: click.echo(record.getMessage(), err=True)  # type: ignore[method-assign]
+    log.addHandler(shown)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(shown)
+        log.setLevel(before)
 
 
 def parse_quantize(context: click.Context, parameter: click.Parameter, words: Sequence[str]) -> Any:

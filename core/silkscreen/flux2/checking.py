@@ -34,6 +34,7 @@ class Checked:
         model: of that configuration, without memory.
         files: its files, with tensors by the model's names.
         fingerprint: of the tensors' names and shapes.
+        converted: the files hold tensors of other names and shapes than the model's, which are converted to these.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Checked:
     model: nn.Module
     files: tuple[TensorFile, ...]
     fingerprint: str
+    converted: bool
 
     @property
     def published(self) -> list[str]:
@@ -68,7 +70,8 @@ def check_component(base: Base, name: str, place: Path) -> Checked:
         raise BaseError(f"{base.id}: the {name} in {place} cannot be loaded: {error}") from error
     if name == "text_encoder":
         files = _named_as_in(model, files)
-    elif place.is_file():
+    held = [file.shapes for file in files]
+    if place.is_file():
         files = [_as_in_diffusers(base, name, file) for file in files]
     problems = weights.differences(model, files)
     if problems:
@@ -80,7 +83,8 @@ def check_component(base: Base, name: str, place: Path) -> Checked:
             f"or --component {name}=..."
         )
     shapes = {name: shape for file in files for name, shape in file.shapes.items()}
-    return Checked(name, place, config, model, tuple(files), fingerprint(shapes))
+    converted = held != [file.shapes for file in files]
+    return Checked(name, place, config, model, tuple(files), fingerprint(shapes), converted)
 
 
 def fingerprint(shapes: Mapping[str, Iterable[int]]) -> str:

@@ -82,13 +82,18 @@ def load_base(
     for name, found in checked.items():
         if found.published:
             _log.info("%s: the tensors of %s (fingerprint %s)", name, ", ".join(found.published), found.fingerprint)
+        if found.converted and offload == "disk":
+            raise BaseError(
+                f"{base.id}: offload disk reads tensors as they are, and those of {found.place} have to be converted: "
+                "name a file or folder in diffusers' naming, or another offload mode"
+            )
     loaded: dict[str, Any] = dict.fromkeys(base.components)
     for name, place_ in places.items():
         try:
             if name not in checked:
                 kind = component_classes(base)[name]
                 loaded[name] = kind.from_pretrained(place_, local_files_only=True)
-            elif offload == "disk" and place_.is_dir():
+            elif offload == "disk":
                 loaded[name] = stream(checked[name].model, checked[name].files, dtype=dtype, device=device)
             else:
                 loaded[name] = _load_model(base, checked[name], dtype, quantized.get(name))

@@ -1,0 +1,58 @@
+"""The page on bases: each of its commands is run, one after the other, on bases small enough for a test."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from diffusers import Flux2KleinPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from silkscreen import load_base
+from silkscreen.cli import command_line
+
+DOCS = Path(__file__).parents[2] / "core" / "docs"
+COMMANDS = [
+    line
+    for block in re.findall(r"^```bash\n(.*?)^```", (DOCS / "bases.md").read_text(), re.M | re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+ON_A_GPU = re.compile(r"--offload (model|group|sequential)|nf4|int8|--device cuda")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run: with `my-base`, a small base of its own, and a transformer in a file."""
+    folder = tmp_path_factory.mktemp("docs")
+    pipe = load_base("flux2-tiny", device="cpu")
+    assert isinstance(pipe, Flux2KleinPipeline)
+    pipe.save_pretrained(folder / "my-base")
+    weights = load_file(folder / "my-base" / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(weights, folder / "transformer.safetensors")
+    shutil.copytree(folder / "my-base" / "vae", folder / "my-vae")
+    shutil.copy(DOCS / "outline.png", folder / "outline.png")
+    return folder
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_each_command_of_the_page_runs(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    program, *words = shlex.split(line)
+    assert program == "silkscreen"
+    done = CliRunner().invoke(command_line(), words)
+    if ON_A_GPU.search(line):  # the command is right, and says what this machine lacks
+        assert "Error: " in done.output and ("this is a CPU" in done.output or "needs the package" in done.output)
+        return
+    assert done.exit_code == 0, done.output
+    if "-o" in words:
+        with Image.open(words[words.index("-o") + 1]) as picture:
+            assert picture.size == (128, 128)
+
+
+def test_the_page_has_commands_of_each_kind() -> None:
+    assert {shlex.split(line)[1] for line in COMMANDS} >= {"bases", "plan", "generate"}
+    assert 8 <= len(COMMANDS) <= 20
