@@ -214,7 +214,10 @@ def missing_packages_named(template: str, origin: str) -> Iterator[None]:
         if not package or find_spec(package) is not None:  # it is there, but lacks a module
             raise
         distribution = _DISTRIBUTIONS.get(package, package)
-        problem = f"{origin}: it imports {error.name}, which is not installed: pip install {distribution}"
+        problem = (
+            f"{origin}: it imports {error.name}, which is not installed: pip install {distribution}, or, if that is "
+            "the template's own code, add it to the template"
+        )
         raise ContractError(template, [problem]) from error
 
 
