@@ -1,4 +1,4 @@
-"""The page on bases: each of its commands is run, one after the other, on bases small enough for a test."""
+"""The page on bases, and what the README says of them: each command is run on bases small enough for a test."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from safetensors.torch import load_file, save_file
 from silkscreen import load_base
 from silkscreen.cli import command_line
 
-DOCS = Path(__file__).parents[2] / "core" / "docs"
-COMMANDS = [
-    line
-    for block in re.findall(r"^```bash\n(.*?)^```", (DOCS / "bases.md").read_text(), re.M | re.S)
-    for line in block.replace("\\\n", " ").splitlines()
-]
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "core" / "docs"
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+COMMANDS = commands(DOCS / "bases.md")
+PUBLISHED = [line for line in commands(ROOT / "README.md") if "black-forest-labs" in line]
 ON_A_GPU = re.compile(r"--offload (model|group|sequential)|nf4|int8|--device cuda")
 
 
@@ -38,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", [*COMMANDS, *(re.sub("--base \\S+", "--base my-base", line) for line in PUBLISHED)])
 def test_each_command_of_the_page_runs(line: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     program, *words = shlex.split(line)
@@ -56,3 +61,4 @@ def test_each_command_of_the_page_runs(line: str, folder: Path, monkeypatch: pyt
 def test_the_page_has_commands_of_each_kind() -> None:
     assert {shlex.split(line)[1] for line in COMMANDS} >= {"bases", "plan", "generate"}
     assert 8 <= len(COMMANDS) <= 20
+    assert len(PUBLISHED) == 2
