@@ -424,7 +424,7 @@ def test_a_base_in_a_package_is_on_this_disk_and_a_published_one_is_not(tmp_path
 
 def test_what_is_in_the_cache_of_modelscope_is_on_this_disk(tmp_path: Path) -> None:
     for part in ("vae", "tokenizer"):
-        folder = tmp_path / "models" / "black-forest-labs" / "FLUX.2-klein-9B" / part
+        folder = tmp_path / "models" / "black-forest-labs--FLUX.2-klein-9B" / "snapshots" / "master" / part
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
     command = [sys.executable, "-m", "silkscreen", "bases"]
