@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
-from modelscope_hub import set_default_config
 from safetensors.torch import load_file, save_file
 from silkscreen import TemplatePipeline, find_template, load_base
 from silkscreen.bases import Base, find_base, known_bases
@@ -420,13 +422,13 @@ def test_a_base_in_a_package_is_on_this_disk_and_a_published_one_is_not(tmp_path
     assert components_on_disk(find_base("black-forest-labs/FLUX.2-dev")) == []
 
 
-def test_components_in_the_cache_of_modelscope_are_on_this_disk(
-    tmp_path: Path, monkeypatch: Any, request: pytest.FixtureRequest
-) -> None:
-    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
-    set_default_config(None)  # the client keeps what it has read of the environment
-    request.addfinalizer(lambda: set_default_config(None))
-    folder = tmp_path / "models" / "black-forest-labs--FLUX.2-klein-9B" / "snapshots" / "master" / "vae"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    assert components_on_disk(find_base("black-forest-labs/FLUX.2-klein-9B")) == ["vae"]
+def test_what_is_in_the_cache_of_modelscope_is_on_this_disk(tmp_path: Path) -> None:
+    for part in ("vae", "tokenizer"):
+        folder = tmp_path / "models" / "black-forest-labs--FLUX.2-klein-9B" / "snapshots" / "master" / part
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    command = [sys.executable, "-m", "silkscreen", "bases"]
+    environment = {**os.environ, "MODELSCOPE_CACHE": str(tmp_path), "HF_HOME": str(tmp_path / "hf")}
+    listed = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    (line,) = (line for line in listed.splitlines() if "FLUX.2-klein-9B" in line)
+    assert "34.7 GB   only tokenizer, vae" in line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from silkscreen.bases import Base
@@ -14,23 +16,24 @@ def components_on_disk(base: Base, hub: str | None = None) -> list[str]:
         base: the base.
         hub: `modelscope` or `hf`, whose cache is looked into; by default that of the base's own sources.
     """
-    return [name for name, reference in base.components.items() if _is_there(str(reference), base.folder, hub)]
+    copy = cache(_copy)  # most components come from one repository
+    return [name for name, reference in base.components.items() if _is_there(str(reference), base.folder, hub, copy)]
 
 
-def _is_there(reference: str, folder: Path, hub: str | None) -> bool:
+def _is_there(reference: str, folder: Path, hub: str | None, find_copy: Callable[..., Path | None]) -> bool:
     scheme, _, rest = reference.partition(":")
     if not rest:
         return (folder / reference).is_dir()
     repo, _, path = rest.partition(":")
     name, _, revision = repo.partition("@")
-    copy = _copy(hub or scheme, name, revision or None)
+    copy = find_copy(hub or scheme, name, revision or None)
     return copy is not None and any(path.suffix in (".json", ".safetensors") for path in (copy / path).glob("*"))
 
 
 def _copy(hub: str, repo: str, revision: str | None) -> Path | None:
     try:
         if hub == "modelscope":
-            from modelscope_hub.compat import snapshot_download as from_modelscope
+            from modelscope_hub.compat import snapshot_download as from_modelscope  # `modelscope` imports torch
 
             return Path(from_modelscope(repo, revision=revision, local_files_only=True))
         if hub == "hf":
