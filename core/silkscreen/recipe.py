@@ -70,7 +70,8 @@ class Recipe:
         negative_template_inputs: of the negative side; `"default"` takes the templates' own negative values.
         batch_size, batch_index: how many pictures were drawn at once and which it is, from 0, because that decides the
             last bits of its colours.
-        made_with: versions of the `libraries` and `templates`, and SHA-256 of the `weights`; for the record.
+        made_with: versions of the `libraries` and `templates`, SHA-256 of the `weights`, and how the base was `loaded`;
+            for the record.
     """
 
     prompt: str
@@ -162,12 +163,12 @@ class Recipe:
     def completed(self, pipe: Any, templates: TemplatePipeline) -> Recipe:
         """Return the recipe with the base's settings and what is installed filled in.
 
-        Warns of each library, template or weight file that is not the one which the recipe was made with.
+        Warns of each library, template, weight file or option of loading that is not what the recipe was made with.
 
         Raises:
             ContractError: a template has no weights for the base.
         """
-        from silkscreen.flux2.loading import base_of
+        from silkscreen.flux2.loading import base_of, loaded_as
 
         base = base_of(pipe)
         settings: dict[str, Any] = {
@@ -186,13 +187,14 @@ class Recipe:
                 for name, template in used.items()
                 for path in template.weight_files(base.id)
             },
+            "loaded": loaded_as(pipe),
         }
         for table, installed in made_with.items():
             for name, now in installed.items():
                 before = self.made_with.get(table, {}).get(name, now)
                 if before != now:
                     warnings.warn(
-                        f"the picture may differ: {name} was {before} when the recipe was made, and {now} is installed",
+                        f"the picture may differ: {name} was {before} when the recipe was made, and is {now} now",
                         stacklevel=2,
                     )
         return dataclasses.replace(self, **settings, made_with=made_with)

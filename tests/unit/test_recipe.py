@@ -113,6 +113,7 @@ def test_differences_from_what_is_installed_are_told(folder: Path) -> None:
     tables["libraries"]["torch"] = "1.0"
     tables["templates"]["brightness"] = "silkscreen-brightness 0.0.1"
     tables["weights"]["brightness/flux2-tiny.safetensors"] = "abc"
+    tables["loaded"]["quantize"] = "transformer fp8"
     old = Recipe.from_dict({**recipe.to_dict(), "made_with": tables})
     with pytest.warns(UserWarning) as warned:
         old.completed(load_base("flux2-tiny"), TemplatePipeline("brightness"))
@@ -121,11 +122,10 @@ def test_differences_from_what_is_installed_are_told(folder: Path) -> None:
         ("torch", "1.0", recipe.made_with["libraries"]["torch"]),
         ("brightness", "silkscreen-brightness 0.0.1", recipe.made_with["templates"]["brightness"]),
         ("brightness/flux2-tiny.safetensors", "abc", recipe.made_with["weights"]["brightness/flux2-tiny.safetensors"]),
+        ("quantize", "transformer fp8", "none"),
     ):
-        assert (
-            f"the picture may differ: {name} was {before} when the recipe was made, and {now} is installed" in messages
-        )
-    assert len(messages) == 3
+        assert f"the picture may differ: {name} was {before} when the recipe was made, and is {now} now" in messages
+    assert len(messages) == 4
 
 
 def test_pictures_drawn_together_are_those_drawn_alone_and_repeat_to_the_bit() -> None:

@@ -117,6 +117,7 @@ class BaseOptions:
 
         from silkscreen.plan import first_fit, plan, this_machine
 
+        click.echo(f"planning what of {base.id} fits", err=True)
         negative = recipe.negative_template_inputs
         needs = plan(
             base,

@@ -24,6 +24,7 @@ from silkscreen.weights import stream
 _log = logging.getLogger("silkscreen")
 
 _MARK = "_silkscreen_base"
+_LOADED = "_silkscreen_loaded"
 
 
 def load_base(
@@ -73,11 +74,8 @@ def load_base(
     quantized = parse_quantize(quantize, device)
     check_offload(offload, quantized, device)
     pipeline = _pipeline_class(base)
-    places = {
-        name: locate_component(base, name, reference)
-        for name, reference in component_references(base, components, hub, revision).items()
-        if name not in without
-    }
+    references = component_references(base, components, hub, revision)
+    places = {name: locate_component(base, name, each) for name, each in references.items() if name not in without}
     checked = {name: check_component(base, name, place) for name, place in places.items() if name in MODELS}
     for name, found in checked.items():
         if found.published:
@@ -101,6 +99,17 @@ def load_base(
             raise BaseError(f"{base.id}: the {name} in {place_} cannot be loaded: {error}") from error
     pipe = pipeline(**loaded, **({"is_distilled": True} if base.distilled else {}))
     setattr(pipe, _MARK, base)
+    setattr(
+        pipe,
+        _LOADED,
+        {
+            "dtype": str(dtype).removeprefix("torch."),
+            "quantize": ", ".join(f"{name} {kind}" for name, kind in quantized.items()) or "none",
+            "compile": str(compile).lower(),
+            "attention_backend": attention_backend or "default",
+            **{name: str(reference) for name, reference in references.items()},
+        },
+    )
     place(pipe, offload, device)
     if loaded["transformer"] is not None:
         speed_up(pipe, base, compiled=compile, attention_backend=attention_backend)
@@ -181,6 +190,11 @@ def base_of(pipe: Any) -> Base:
             f"{name} is no FLUX.2 pipeline: templates need one of diffusers' Flux2 pipelines"
         ) from error
     return _like(geometry, type(pipe).__name__, bool(pipe.config.get("is_distilled", False)))
+
+
+def loaded_as(pipe: Any) -> dict[str, str]:
+    """Return the options that a pipeline was loaded with and its pictures depend on; none for one not loaded here."""
+    return dict(getattr(pipe, _LOADED, {}))
 
 
 def describe_folder(folder: Path) -> Base:
