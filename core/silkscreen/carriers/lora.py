@@ -245,10 +245,17 @@ class _UpdatedLinear(nn.Module):
         low = _project(x, a)
         if self.weights is not None:
             low = low * self.weights.over(x.shape[1]).to(low.device, low.dtype)
-        if b.ndim == 3 or low.dtype != y.dtype:
+        if low.dtype != y.dtype:
             return y + _project(low, b).to(y.dtype)
-        add = torch.Tensor.addmm if torch.is_grad_enabled() else torch.Tensor.addmm_  # in place, y being ours alone
-        return add(y.flatten(0, -2), low.flatten(0, -2), b.to(y.device, y.dtype).T).view_as(y)
+        b = b.to(y.device, y.dtype)
+        in_place = not torch.is_grad_enabled()  # y is ours alone
+        if b.ndim == 2:
+            rows, low = y.flatten(0, -2), low.flatten(0, -2)
+            added = rows.addmm_(low, b.T) if in_place else rows.addmm(low, b.T)
+        else:
+            rows, low, b = _by_picture(y), _by_picture(low), b.expand(len(y), -1, -1)
+            added = rows.baddbmm_(low, b.mT) if in_place else rows.baddbmm(low, b.mT)
+        return added.view_as(y)
 
 
 def _project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -256,7 +263,12 @@ def _project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     weight = weight.to(x.device, x.dtype)
     if weight.ndim == 2:
         return nn.functional.linear(x, weight)
-    return torch.einsum("b...i,boi->b...o", x, weight)
+    product = torch.bmm(_by_picture(x), weight.mT.expand(len(x), -1, -1))
+    return product.view(*x.shape[:-1], -1)
+
+
+def _by_picture(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(len(x), -1, x.shape[-1])
 
 
 def _stack(tensors: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
