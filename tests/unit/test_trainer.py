@@ -304,6 +304,7 @@ def test_weights_to_start_from(settings: dict[str, Any], tmp_path: Path) -> None
     [
         ({"fp8_models": "x"}, "--fp8_models makes no sense here"),
         ({"lora_rank": 4}, "--lora_rank makes no sense here"),
+        ({"offload": "model"}, "--offload makes no sense here: a backward pass needs the weights"),
         ({"extra_inputs": "template_inputs,edit_image"}, "--extra_inputs 'edit_image'"),
         ({"height": 100, "width": 128}, "--height 100: a multiple of 16"),
         ({"dataset_metadata_path": None}, "--dataset_metadata_path is missing"),

@@ -17,8 +17,11 @@ WITHOUT_MEANING = {
     "lora_target_modules": "it trains a LoRA of the base itself; here a template is trained",
     "lora_rank": "it trains a LoRA of the base itself; here a template is trained",
     "lora_checkpoint": "it continues a LoRA of the base itself; use --resume_from_checkpoint for a template",
+    "offload": "a backward pass needs the weights that are away; --quantize and --use_gradient_checkpointing take less",
+    "dtype": "--mixed_precision says it",
+    "device": "accelerate chooses it",
 }
-"""Flags of the field that make no sense here, with the reason."""
+"""Flags of the field, and options of other commands, that make no sense here, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,9 @@ class TrainingConfig:
         max_pixels: pictures above it are scaled down.
         base: id or folder of the base; the short way to name all of its models.
         components: parts of the base that come from elsewhere, by commas, as `NAME=REF`: see `silkscreen generate`.
-        quantize: frozen weights of the base at fewer bits: `int8` or `nf4`. Other ways of fitting it to a machine have
-            no sense here: a step needs all weights twice, and accelerate chooses device and precision.
+        hub: where a known base is fetched from, `modelscope` or `hf`; by default where its `base.toml` says.
+        revision: of the repository that a known base is fetched from.
+        quantize: frozen weights of the base at fewer bits: `int8` or `nf4`.
         compile: compile the blocks of the base's transformer.
         attention_backend: one of diffusers' attention backends, for the base's transformer.
         model_paths: folders of the base's models, as a JSON list; for files, the folders they are in.
@@ -84,7 +88,8 @@ class TrainingConfig:
         validation_prompts: a `.jsonl` of `prompt` and `template_inputs`, drawn as a contact sheet.
         validation_steps: validate every so many steps; 0 for at the end of each epoch.
         log_with: accelerate's trackers, by commas, such as `tensorboard`; `log.csv` is always written.
-        fp8_models, lora_base_model, lora_target_modules, lora_rank, lora_checkpoint: refused, with the reason.
+        fp8_models, lora_base_model, lora_target_modules, lora_rank, lora_checkpoint, offload, dtype, device: refused,
+            with the reason.
     """
 
     template_model_id_or_path: str
@@ -101,6 +106,8 @@ class TrainingConfig:
     max_pixels: int = 1024 * 1024
     base: str | None = None
     components: str | None = None
+    hub: Literal["modelscope", "hf"] | None = None
+    revision: str | None = None
     quantize: str | None = None
     compile: bool = False
     attention_backend: str | None = None
@@ -147,6 +154,9 @@ class TrainingConfig:
     lora_target_modules: str | None = None
     lora_rank: int | None = None
     lora_checkpoint: str | None = None
+    offload: str | None = None
+    dtype: str | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense.

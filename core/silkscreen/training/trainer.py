@@ -129,6 +129,8 @@ class _Run:
             device=self.device,
             dtype=dtype,
             without=without,
+            hub=config.hub,
+            revision=config.revision,
             components=read_components(config.components),
             quantize=config.quantize,
             compile=config.compile,
