@@ -61,7 +61,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def full_size(session: nox.Session) -> None:
-    """Draw with a base and two templates of full size, in random weights: 26 GB of disk, and half an hour."""
+    """Draw with a base and two templates of full size, in random weights: 26 GB of disk, and 10 to 35 minutes."""
     install(session, *TOOLS)
     with TemporaryDirectory(dir=session.create_tmp()) as folder:  # not /tmp, which may be memory
         session.run("pytest", "tests/full_size", "-s", env={"SILKSCREEN_FULL_SIZE": folder})

@@ -31,6 +31,7 @@ from silkscreen.flux2.configuration import MODELS, configuration, construct
 from silkscreen.flux2.context import TemplateContext
 from silkscreen.flux2.loading import component_references, default_dtype
 from silkscreen.flux2.quantizing import parse_quantize, stored_bytes
+from silkscreen.flux2.sides import NEGATIVE, POSITIVE
 from silkscreen.lru import LRU
 from silkscreen.pipeline import TemplateInput, TemplatePipeline
 
@@ -312,16 +313,19 @@ class _Drawing:
         kind = type(self.pipe)
         latents = torch.empty(self.batch, geometry.in_channels, rows, columns, dtype=self.dtype)
         prompt = torch.empty(self.batch, self.text_tokens, geometry.joint_attention_dim, dtype=self.dtype)
-        with transformer.cache_context("cond"):
-            transformer(
-                hidden_states=kind._pack_latents(latents),
-                timestep=torch.ones(self.batch, dtype=self.dtype),
-                guidance=torch.ones(self.batch) if geometry.guidance_embeds else None,
-                encoder_hidden_states=prompt,
-                txt_ids=kind._prepare_text_ids(prompt),
-                img_ids=kind._prepare_latent_ids(latents),
-                return_dict=False,
-            )
+        call = {
+            "hidden_states": kind._pack_latents(latents),
+            "timestep": torch.ones(self.batch, dtype=self.dtype),
+            "guidance": torch.ones(self.batch) if geometry.guidance_embeds else None,
+            "encoder_hidden_states": prompt,
+            "txt_ids": kind._prepare_text_ids(prompt),
+            "img_ids": kind._prepare_latent_ids(latents),
+            "return_dict": False,
+        }
+        guided = not self.base.distilled and hasattr(kind, "do_classifier_free_guidance")
+        for side in (POSITIVE, NEGATIVE, POSITIVE) if guided else (POSITIVE,):  # the last may be a pass of both
+            with transformer.cache_context(side):
+                transformer(**call)
 
     def _decode(self) -> None:
         vae: Any = self.models["vae"]

@@ -41,7 +41,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.skipif(FOLDER is None, reason="takes half an hour and 26 GB of disk: nox -s full_size")
+@pytest.mark.skipif(FOLDER is None, reason="takes 10 to 35 minutes and 26 GB of disk: nox -s full_size")
 def test_the_4b_base_draws_with_two_templates_on_a_cpu_within_24_gigabytes() -> None:
     folder = Path(str(FOLDER))
     if not (folder / "klein-base-4B").is_dir():
