@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2AttnProcessor,
     Flux2ParallelSelfAttnProcessor,
@@ -25,6 +24,7 @@ from silkscreen.carriers.kv_cache import KV, weights_of
 from silkscreen.carriers.weights import Weights
 from silkscreen.errors import PipelineError
 from silkscreen.flux2.regions import Separation
+from silkscreen.flux2.rotary import Rotary, Rotation
 from silkscreen.flux2.sides import Sides
 
 
@@ -38,8 +38,8 @@ class _TemplateProcessor:
         bias: (P, 1 or N, T or N + T), what is added to the logits, for template tokens or for all; None for nothing.
     """
 
-    def __init__(self, original: Any) -> None:
-        self.original = original
+    def __init__(self, original: Any, rotate: Rotation) -> None:
+        self.original, self.rotate = original, rotate
         self.kv: tuple[torch.Tensor, torch.Tensor] | None = None
         self.bias: torch.Tensor | None = None
 
@@ -79,7 +79,7 @@ class DoubleBlockProcessor(_TemplateProcessor):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Rotary | None = None,
     ) -> Any:
         """Return what the block's own processor returns: picture and text tokens."""
         kv = self.kv
@@ -93,7 +93,7 @@ class DoubleBlockProcessor(_TemplateProcessor):
         key = torch.cat([attn.norm_added_k(text_key), attn.norm_k(key)], dim=1)
         value = torch.cat([text_value, value], dim=1)
         if image_rotary_emb is not None:
-            query, key = _rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb)
+            query, key = self.rotate(query, image_rotary_emb), self.rotate(key, image_rotary_emb)
         hidden = self.attend(query, key, value, kv, attention_mask)
         text, picture = hidden.tensor_split([text_query.shape[1]], dim=1)
         return attn.to_out[1](attn.to_out[0](picture)), attn.to_add_out(text)
@@ -107,7 +107,7 @@ class SingleBlockProcessor(_TemplateProcessor):
         attn: Any,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        image_rotary_emb: Rotary | None = None,
     ) -> Any:
         """Return what the block's own processor returns: tokens."""
         kv = self.kv
@@ -121,20 +121,10 @@ class SingleBlockProcessor(_TemplateProcessor):
         query, key, value = (part.unflatten(-1, (-1, attn.head_dim)) for part in qkv)
         query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            query, key = _rotate(query, image_rotary_emb), _rotate(key, image_rotary_emb)
+            query, key = self.rotate(query, image_rotary_emb), self.rotate(key, image_rotary_emb)
         hidden = self.attend(query, key, value, kv, attention_mask)
         # the gate of mlp_act_fn: its slices of slices would cost the backward pass a sum of tensors full of zeros
         return attn.to_out(torch.cat([hidden, attn.mlp_act_fn.gate_fn(gate) * gated], dim=-1))
-
-
-def _rotate(x: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Apply RoPE to (B, N, H, D) as one complex product, which takes half the passes over x and keeps no copy of it."""
-    if torch.compiler.is_compiling():  # it fuses real products, and has none for complex numbers
-        rotated: torch.Tensor = apply_rotary_emb(x, rotary_emb, sequence_dim=1)
-        return rotated
-    cos, sin = (part[:, None, ::2].to(x.device) for part in rotary_emb)
-    turned = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2)) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 _PROCESSORS: dict[type, type[_TemplateProcessor]] = {
@@ -176,7 +166,8 @@ def inject_kv(transformer: Any, sides: Sides) -> Iterator[None]:
         block: attention for block, attention in attention_modules(transformer).items() if regional or block in used
     }
     originals = {block: attention.processor for block, attention in modules.items()}
-    processors = {block: _PROCESSORS[type(original)](original) for block, original in originals.items()}
+    rotate = Rotation()
+    processors = {block: _PROCESSORS[type(original)](original, rotate) for block, original in originals.items()}
     separation_of = cache(Separation.of)
 
     @cache

@@ -27,12 +27,8 @@ _OTHERS = ("img_ids", "txt_ids", "joint_attention_kwargs", "return_dict")
 def in_one_pass(transformer: Any, sides: Sides) -> Iterator[None]:
     """Let a transformer run both sides in one pass where that can be done, for as long as the context lasts.
 
-    It is not done with compiled blocks, whose batch would change, nor with those of which hooks keep something.
     To be entered last, because a pass has to be made that of both sides before anything else is done to it.
     """
-    if any(_is_particular(module) for module in transformer.modules()):
-        yield
-        return
     run = _OnePass(transformer, sides)
     context = transformer.cache_context
 
@@ -113,12 +109,6 @@ class _OnePass:
         picture, text = call["hidden_states"], call["encoder_hidden_states"]
         tokens: int = picture.shape[1] + text.shape[1]
         return len(picture) == len(text) == 1 and tokens * self._size <= LARGEST
-
-
-def _is_particular(module: torch.nn.Module) -> bool:
-    compiled = module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
-    registry = getattr(module, "_diffusers_hook", None)  # may be empty
-    return compiled or (registry is not None and bool(registry.hooks))
 
 
 def _equal(one: Call, other: Call, but: tuple[str, ...] = ()) -> bool:

@@ -1,10 +1,12 @@
-"""Methods of a pipeline or a transformer that are replaced for the time of a call."""
+"""Methods of a pipeline or a transformer that are replaced for the time of a call, and where that is harmless."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 
 @contextmanager
@@ -19,3 +21,17 @@ def method_replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterat
             delattr(owner, name)
         else:
             setattr(owner, name, own)
+
+
+def is_plain(model: torch.nn.Module) -> bool:
+    """Whether nothing is compiled in a model, which would be made anew, and no hook of diffusers keeps anything."""
+    return not any(_is_compiled(module) or _has_hooks(module) for module in model.modules())
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    registry = getattr(module, "_diffusers_hook", None)  # may be empty
+    return registry is not None and bool(registry.hooks)
