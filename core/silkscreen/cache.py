@@ -367,7 +367,7 @@ def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache | None) -
         if used and is_plain(pipe.transformer):
             stack.enter_context(embedded_once(pipe.transformer))
             if both:
-                stack.enter_context(in_one_pass(pipe.transformer, sides))
+                stack.enter_context(in_one_pass(pipe, sides))
         yield
 
 

@@ -1,14 +1,14 @@
 """Both sides of guidance in one pass, as a batch of two, in which each side has its own text and its own content.
 
 A pipeline makes two passes a step. Small ones take most of their time for being started, and one of a batch of two
-takes little longer. From the second step on, the negative side's text is known when the positive pass begins; the
-negative half of the result is kept for the pass that the pipeline makes next, which then has nothing left to do.
+takes little longer. The negative side's text is known once it is encoded; the negative half of the result is kept for
+the pass that the pipeline makes next, which then has nothing left to do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -24,22 +24,29 @@ _OTHERS = ("img_ids", "txt_ids", "joint_attention_kwargs", "return_dict")
 
 
 @contextmanager
-def in_one_pass(transformer: Any, sides: Sides) -> Iterator[None]:
-    """Let a transformer run both sides in one pass where that can be done, for as long as the context lasts.
+def in_one_pass(pipe: Any, sides: Sides) -> Iterator[None]:
+    """Let a pipeline's transformer run both sides in one pass where that can be done, for as long as the context lasts.
 
     To be entered last, because a pass has to be made that of both sides before anything else is done to it.
     """
+    transformer = pipe.transformer
     run = _OnePass(transformer, sides)
-    context = transformer.cache_context
+    context, encode = transformer.cache_context, pipe.encode_prompt
 
     @contextmanager
     def cache_context(name: str, **kwargs: Any) -> Iterator[None]:
         with context(run.side_of(name), **kwargs):
             yield
 
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        encoded = encode(*args, **kwargs)
+        run.expect_text(*encoded)
+        return encoded
+
     end = transformer.register_forward_pre_hook(run.before_pass, prepend=True, with_kwargs=True).remove
     try:
         with (
+            method_replaced(pipe, "encode_prompt", encode_prompt),
             method_replaced(transformer, "cache_context", cache_context),
             method_replaced(transformer, "forward", run.forward),
         ):
@@ -55,12 +62,16 @@ class _OnePass:
         self._forward = transformer.forward
         self._size: int = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self._sides = sides
-        self._text: dict[str, Any] | None = None
+        self._text: Call | None = None
         """The negative side's text, once it is known."""
         self._expected: Call = {}
         """The negative pass whose result is known, and it."""
         self._result: torch.Tensor | None = None
         self._now: Literal["one side", "both", "known"] = "one side"
+
+    def expect_text(self, embeddings: torch.Tensor, ids: torch.Tensor) -> None:
+        """Take a text for the negative side's, which pipelines encode last; where it is not, that is found out."""
+        self._text = {"encoder_hidden_states": embeddings, "txt_ids": ids}
 
     def side_of(self, name: str) -> str:
         """Return the side, or both, that a pass is to run, which the pipeline calls by a name."""
@@ -73,22 +84,16 @@ class _OnePass:
         self._now = "one side"
         suits = not args and self._suits(call)
         if self._sides.running == NEGATIVE:
-            known = self._result is not None and _equal(call, self._expected)
             self._text = {name: call[name] for name in ("encoder_hidden_states", "txt_ids")} if suits else None
-            if known:
+            if self._result is not None and _equal(call, self._expected):
                 self._now = "known"
             else:
                 self._result = None
-        if self._sides.running == BOTH:
+        elif self._sides.running == BOTH:
             negative = {**call, **(self._text or {})}
-            if suits and _equal(call, negative, but=("encoder_hidden_states",)) and _of_one_shape(call, negative):
+            if suits and _alike(call, negative):
                 self._now, self._expected = "both", negative
-                together = {
-                    name: torch.cat([call[name], negative[name]])
-                    for name in _BATCHED
-                    if isinstance(call.get(name), torch.Tensor)
-                }
-                return args, {**call, **together}
+                return args, {**call, **{name: torch.cat([call[name], negative[name]]) for name in _batched(call)}}
             self._sides.run(POSITIVE)
         return args, call
 
@@ -97,9 +102,11 @@ class _OnePass:
         if self._now == "known":
             result, self._result = self._result, None
             return (result,)
-        output = self._forward(*args, **call)
+        # where nothing is differentiated, noting for each view what it is of is a twentieth of a small pass
+        with nullcontext() if torch.is_grad_enabled() else torch.inference_mode():
+            output = self._forward(*args, **call)
         if self._now == "both":
-            positive, self._result = output[0].chunk(2)
+            positive, self._result = output[0].clone().chunk(2)
             return (positive,)
         return output
 
@@ -111,15 +118,21 @@ class _OnePass:
         return len(picture) == len(text) == 1 and tokens * self._size <= LARGEST
 
 
-def _equal(one: Call, other: Call, but: tuple[str, ...] = ()) -> bool:
-    return one.keys() == other.keys() and all(_is(one[name], other[name]) for name in one if name not in but)
+def _batched(call: Call) -> list[str]:
+    return [name for name in _BATCHED if isinstance(call.get(name), torch.Tensor)]
+
+
+def _alike(one: Call, other: Call) -> bool:
+    """Whether two passes may be one: they differ in the text's embeddings alone, and not in how many there are."""
+    texts = [call["encoder_hidden_states"] for call in (one, other)]
+    return texts[0].shape == texts[1].shape and _equal({**one, "encoder_hidden_states": texts[1]}, other)
+
+
+def _equal(one: Call, other: Call) -> bool:
+    return one.keys() == other.keys() and all(_is(one[name], other[name]) for name in one)
 
 
 def _is(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one is other or torch.equal(one, other)
     return bool(one == other)
-
-
-def _of_one_shape(one: Call, other: Call) -> bool:
-    return bool(one["encoder_hidden_states"].shape == other["encoder_hidden_states"].shape)
