@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from diffusers import Flux2KleinPipeline
+from pages import commands
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from silkscreen import load_base
@@ -18,14 +19,8 @@ from silkscreen.cli import command_line
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "core" / "docs"
 
-
-def commands(page: Path) -> list[str]:
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
-    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-
-
-COMMANDS = commands(DOCS / "bases.md")
-PUBLISHED = [line for line in commands(ROOT / "README.md") if "black-forest-labs" in line]
+COMMANDS = commands((DOCS / "bases.md").read_text())
+PUBLISHED = [line for line in commands((ROOT / "README.md").read_text()) if "black-forest-labs" in line]
 ON_A_GPU = re.compile(r"--offload (model|group|sequential)|nf4|int8|--device cuda")
 
 

@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import subprocess
-import sys
-import venv
 from pathlib import Path
 
+from pages import commands, run_each, write_files
 from PIL import Image
 
 PAGE = (Path(__file__).parents[2] / "core" / "docs" / "field-format.md").read_text()
 
 
 def test_each_command_of_the_page_runs(tmp_path: Path) -> None:
-    files = re.findall(r"^`(also/\S+)`\n\n```\w+\n(.*?)^```", PAGE, re.M | re.S)
-    assert [name for name, _ in files] == ["also/model.py", "also/README.md"]
-    for name, text in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    venv.create(tmp_path / "venv", with_pip=True)
-    programs = tmp_path / "venv" / "bin"
-    (site_packages,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    (site_packages / "seen.pth").write_text("\n".join(path for path in sys.path if path) + "\n")
-    (programs / "silkscreen").write_text(f"#!{programs}/python\nfrom silkscreen.cli import main\nmain()\n")
-    (programs / "silkscreen").chmod(0o755)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    kept |= {"PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # all that is needed is seen
-    lines = [line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S) for line in block.splitlines()]
+    assert write_files(PAGE, tmp_path) == ["also/model.py", "also/README.md"]
+    lines = commands(PAGE)
     assert len(lines) == 8
-    printed = ""
-    for line in lines:
-        done = subprocess.run(
-            ["bash", "-c", line],
-            cwd=tmp_path,
-            env={**kept, "PATH": f"{programs}:{kept['PATH']}"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-        printed += done.stdout
+    all_is_seen = {"PIP_NO_DEPS": "1", "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+    printed = run_each(lines, tmp_path, **all_is_seen)
     with Image.open(tmp_path / "both.png") as both, Image.open(tmp_path / "again.png") as again:
         assert both.size == again.size == (128, 128)
     readme = (tmp_path / "silkscreen-also" / "README.md").read_text()

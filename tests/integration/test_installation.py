@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 import venv
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pages import write_files
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -42,14 +42,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The README's plugin, written out file by file."""
     folder = tmp_path_factory.mktemp("example")
-    blocks = re.findall(
-        r"^`(silkscreen-constant/\S+)`\n\n```\w+\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S
-    )
-    assert len(blocks) == 3
-    for name, text in blocks:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    assert len(write_files((ROOT / "README.md").read_text(), folder)) == 3
     return folder / "silkscreen-constant"
 
 

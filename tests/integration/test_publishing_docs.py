@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 from hub_server import hubs, variables
+from pages import commands
 from PIL import Image
 from silkscreen import load_base
 from silkscreen_tiny import analysis
@@ -34,18 +34,13 @@ for line in sys.argv[1:]:
 """Runs commands in one process, which imports all that they need only once."""
 
 
-def commands(page: Path) -> list[str]:
-    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
-    return [line for block in blocks for line in block.splitlines()]
-
-
 def test_each_command_of_the_page_runs(tmp_path: Path) -> None:
     template = tmp_path / "my-template"
     shutil.copytree(PLUGIN / "src" / "silkscreen_brightness", template, ignore=shutil.ignore_patterns("__*"))
     (template / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Brightness\n")
     load_base("flux2-tiny").save_pretrained(tmp_path / "base")
-    lines = commands(ROOT / "core" / "docs" / "publishing.md")
-    lines += [line for line in commands(ROOT / "README.md") if "modelscope:" in line]
+    lines = commands((ROOT / "core" / "docs" / "publishing.md").read_text())
+    lines += [line for line in commands((ROOT / "README.md").read_text()) if "modelscope:" in line]
     assert [shlex.split(line)[1] for line in lines] == ["publish"] * 2 + ["generate"] * 5
     with hubs() as server:
         server.tokens[""] = TOKEN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from inspect import signature
 from typing import Any
 from weakref import ref
@@ -47,7 +48,7 @@ class TemplateContext:
         self.vae = _Encoder(pipe)
         self.units = [Flux2Unit_Qwen3PromptEmbedder()]
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
         """What tells it from a context in which a template may return something else."""
         parts = ("vae", "text_encoder", "tokenizer")
