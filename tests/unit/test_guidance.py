@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import Flux2KleinInpaintPipeline, MagCacheConfig
 from PIL import Image
 from silkscreen import TemplatePipeline
@@ -141,6 +142,30 @@ def test_an_inpainting_pipeline_runs_both_in_one_pass(draw: Draw) -> None:
     one, two, runs = draw(pipe, [{"model_id": "keys"}], [{"model_id": "keys", "seed": 1}], **arguments)
     np.testing.assert_allclose(one, two, atol=1e-5)
     assert runs == STEPS
+
+
+def test_weights_that_are_moved_in_a_pass_stay_fit_for_training(small_pipe: Any, draw: Draw) -> None:
+    cpu_offload(small_pipe.transformer, torch.device("cpu"))  # makes each weight anew when it is needed
+    weights = []
+    small_pipe.transformer.proj_out.register_forward_pre_hook(lambda layer, _: weights.append(layer.weight))
+    assert draw(small_pipe, [{"model_id": "keys"}], None)[2] == STEPS
+    assert weights
+    assert not any(weight.is_inference() for weight in weights)
+
+
+def test_what_a_pass_returns_can_be_differentiated(small_pipe: Any, templates: TemplatePipeline) -> None:
+    kept: list[torch.Tensor] = []
+
+    def keep(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        kept.append(kwargs["latents"])
+        return {}
+
+    end = small_pipe.transformer.register_forward_hook(lambda *call: kept.append(call[-1][0]))
+    templates(small_pipe, prompt="red", template_inputs={"model_id": "keys"}, callback_on_step_end=keep, **CALL)
+    end.remove()
+    assert len(kept) == 3 * CALL["num_inference_steps"]
+    for tensor in kept:
+        (tensor * torch.ones((), requires_grad=True)).sum().backward()
 
 
 def test_the_transformer_is_left_as_it_was(small_pipe: Any, draw: Draw) -> None:

@@ -62,6 +62,8 @@ class _OnePass:
         self._forward = transformer.forward
         self._size: int = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self._sides = sides
+        self._moves_weights = any("_hf_hook" in vars(module) for module in transformer.modules())
+        """Whether hooks of accelerate make weights anew in a pass, which inference mode would keep from training."""
         self._text: Call | None = None
         """The negative side's text, once it is known."""
         self._expected: Call = {}
@@ -99,16 +101,17 @@ class _OnePass:
 
     def forward(self, *args: Any, **call: Any) -> Any:
         """Run the pass that `before_pass` has told."""
-        if self._now == "known":
-            result, self._result = self._result, None
-            return (result,)
-        # where nothing is differentiated, noting for each view what it is of is a twentieth of a small pass
-        with nullcontext() if torch.is_grad_enabled() else torch.inference_mode():
-            output = self._forward(*args, **call)
+        if self._now == "one side":
+            return self._forward(*args, **call)
         if self._now == "both":
+            # noting for each view what it is of takes a twentieth of a small pass, and is only for gradients
+            noted = torch.is_grad_enabled() or self._moves_weights
+            with nullcontext() if noted else torch.inference_mode():
+                output = self._forward(*args, **call)
             positive, self._result = output[0].clone().chunk(2)
             return (positive,)
-        return output
+        result, self._result = self._result, None
+        return (result,)
 
     def _suits(self, call: Call) -> bool:
         if not {*_BATCHED, *_OTHERS} >= call.keys() or call.get("joint_attention_kwargs") or call["return_dict"]:

@@ -33,5 +33,5 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)  # may be empty
+    registry = vars(module).get("_diffusers_hook")  # may be empty
     return registry is not None and bool(registry.hooks)
