@@ -69,7 +69,10 @@ def train(config: TrainingConfig) -> Path:
         TrainingError: the data or the template cannot be trained on; each culprit is named.
     """
     run = _Run(config)
-    return run.encode_all() if config.task == "sft:data_process" else run.train()
+    try:
+        return run.encode_all() if config.task == "sft:data_process" else run.train()
+    finally:
+        run.close()
 
 
 @dataclasses.dataclass
@@ -343,7 +346,6 @@ class _Run:
             accelerator.init_trackers("silkscreen", config=config.resolved())
         self.probes = validation.probes(self.held_out, config.seed) if self.held_out else []
         path = self._loop(epochs, total, parameters, optimizer, schedule)
-        accelerator.end_training()
         if config.task == "sft" and self.store is not None and accelerator.is_main_process:
             shutil.rmtree(self.store.folder)
         self._say(
@@ -351,6 +353,16 @@ class _Run:
             f"{' --trust-code' if Path(config.template_model_id_or_path).is_dir() else ''}"
         )
         return path
+
+    def close(self) -> None:
+        """Finish the trackers, and leave the other processes.
+
+        The model's wrapper goes first: were it the last to hold the process group, ending that would wait, with
+        Python's lock, for a thread that waits for the lock.
+        """
+        self.prepared = None
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def enable_checkpointing(self) -> None:
         """Let the base compute activations anew in the backward pass, where the settings say so."""
