@@ -114,7 +114,10 @@ def keep_prompts(pipe: Any, kept: LRU[tuple[torch.Tensor, ...]]) -> Iterator[Non
 def _identity(pipe: Any, part: str) -> Hashable:
     """Tell a part of a pipeline from any other: neither is kept alive by it, nor equal to one made after its end."""
     component = getattr(pipe, part, None)
-    return None if component is None else (ref(component), getattr(component, "dtype", None))
+    if component is None:
+        return None
+    first = next(component.parameters(), None) if isinstance(component, torch.nn.Module) else None
+    return ref(component), None if first is None else first.dtype
 
 
 class _Encoder:
