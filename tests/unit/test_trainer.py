@@ -94,7 +94,8 @@ def test_a_step_is_the_naive_objective(settings: dict[str, Any], timesteps: tupl
 
 def test_gradient_checkpointing_gives_the_same_gradients(settings: dict[str, Any]) -> None:
     gradients = []
-    for more in ({}, {"use_gradient_checkpointing": True}, {"use_gradient_checkpointing_offload": True}):
+    checkpointing = {"use_gradient_checkpointing": True}
+    for more in ({}, checkpointing, {"use_gradient_checkpointing_offload": True}, checkpointing | {"offload": "disk"}):
         trainer = _Run(TrainingConfig(**settings, **more))
         trainer.prepared = trainer.model
         trainer.enable_checkpointing()
@@ -114,6 +115,12 @@ def test_workers_and_the_cache_change_nothing(settings: dict[str, Any], tmp_path
     for name, more in (("workers", {"dataset_num_workers": 2}), ("uncached", {"no_cache": True})):
         assert same(plain, run(settings, output_path=tmp_path / name, **more)), name
         assert losses(tmp_path / "run") == losses(tmp_path / name)
+
+
+def test_a_base_that_stays_in_its_files_teaches_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
+    checkpointing = settings | {"use_gradient_checkpointing": True}
+    at_hand = run(checkpointing)
+    assert same(at_hand, run(checkpointing, offload="disk", output_path=tmp_path / "disk"))
 
 
 def test_a_step_is_the_one_of_the_named_optimizer(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -304,7 +311,8 @@ def test_weights_to_start_from(settings: dict[str, Any], tmp_path: Path) -> None
     [
         ({"fp8_models": "x"}, "--fp8_models makes no sense here"),
         ({"lora_rank": 4}, "--lora_rank makes no sense here"),
-        ({"offload": "model"}, "--offload makes no sense here: a backward pass needs the weights"),
+        ({"offload": "group"}, "--offload group takes away weights that the backward pass needs: use model"),
+        ({"offload": "disk"}, "--offload disk saves nothing while every weight is kept"),
         ({"extra_inputs": "template_inputs,edit_image"}, "--extra_inputs 'edit_image'"),
         ({"height": 100, "width": 128}, "--height 100: a multiple of 16"),
         ({"dataset_metadata_path": None}, "--dataset_metadata_path is missing"),

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from silkscreen.bases import Offload
 from silkscreen.errors import TrainingError
 
 WITHOUT_MEANING = {
@@ -17,7 +18,6 @@ WITHOUT_MEANING = {
     "lora_target_modules": "it trains a LoRA of the base itself; here a template is trained",
     "lora_rank": "it trains a LoRA of the base itself; here a template is trained",
     "lora_checkpoint": "it continues a LoRA of the base itself; use --resume_from_checkpoint for a template",
-    "offload": "a backward pass needs the weights that are away; --quantize and --use_gradient_checkpointing take less",
     "dtype": "--mixed_precision says it",
     "device": "accelerate chooses it",
 }
@@ -47,6 +47,8 @@ class TrainingConfig:
         quantize: frozen weights of the base at fewer bits: `int8` or `nf4`.
         compile: compile the blocks of the base's transformer.
         attention_backend: one of diffusers' attention backends, for the base's transformer.
+        offload: where the base's weights are while they do not run: see `silkscreen generate`. `sequential` and `disk`
+            save memory in training with gradient checkpointing alone.
         model_paths: folders of the base's models, as a JSON list; for files, the folders they are in.
         model_id_with_origin_paths: the base's models, by commas, as `ID:PATTERN`; ID is a folder or a hub's id.
         tokenizer_path: the tokenizer's folder, or `ID:FOLDER/`.
@@ -88,8 +90,8 @@ class TrainingConfig:
         validation_prompts: a `.jsonl` of `prompt` and `template_inputs`, drawn as a contact sheet.
         validation_steps: validate every so many steps; 0 for at the end of each epoch.
         log_with: accelerate's trackers, by commas, such as `tensorboard`; `log.csv` is always written.
-        fp8_models, lora_base_model, lora_target_modules, lora_rank, lora_checkpoint, offload, dtype, device: refused,
-            with the reason.
+        fp8_models, lora_base_model, lora_target_modules, lora_rank, lora_checkpoint, dtype, device: refused, with the
+            reason.
     """
 
     template_model_id_or_path: str
@@ -111,6 +113,7 @@ class TrainingConfig:
     quantize: str | None = None
     compile: bool = False
     attention_backend: str | None = None
+    offload: Offload = "none"
     model_paths: str | None = None
     model_id_with_origin_paths: str | None = None
     tokenizer_path: str | None = None
@@ -154,7 +157,6 @@ class TrainingConfig:
     lora_target_modules: str | None = None
     lora_rank: int | None = None
     lora_checkpoint: str | None = None
-    offload: str | None = None
     dtype: str | None = None
     device: str | None = None
 
@@ -176,6 +178,17 @@ class TrainingConfig:
         ]
         if self.quantize is not None and "fp8" in self.quantize:
             problems.append("--quantize fp8 saves nothing here, a step keeps each weight it has cast: use int8 or nf4")
+        if self.task != "sft:data_process":
+            checkpointing = self.use_gradient_checkpointing or self.use_gradient_checkpointing_offload
+            if self.offload == "group":
+                problems.append(
+                    "--offload group takes away weights that the backward pass needs: use model, sequential or disk"
+                )
+            elif self.offload in ("sequential", "disk") and not checkpointing:
+                problems.append(
+                    f"--offload {self.offload} saves nothing while every weight is kept for the backward pass: "
+                    "add --use_gradient_checkpointing"
+                )
         if self.task == "sft:train":
             if self.dataset_base_path is None:
                 problems.append("--task sft:train needs --dataset_base_path, the folder that sft:data_process wrote")

@@ -135,6 +135,7 @@ class _Run:
             hub=config.hub,
             revision=config.revision,
             components=read_components(config.components),
+            offload=config.offload,
             quantize=config.quantize,
             compile=config.compile,
             attention_backend=config.attention_backend,
@@ -253,6 +254,8 @@ class _Run:
             return value.to(self.device)
         if self.store is not None and row in self.store:
             return self.store[row].to(self.device)
+        if self.config.offload == "model":
+            self.pipe.maybe_free_model_hooks()  # the text encoder makes room for itself only at the start of a drawing
         try:
             example = self.encoder.encode(value, epoch)
         except TrainingError as error:
