@@ -13,7 +13,7 @@ nox.needs_version = ">=2025.2"
 
 CONSTRAINTS = "tests/constraints.txt"
 PLUGINS = sorted(str(path.parent) for path in Path("plugins").glob("*/pyproject.toml"))
-TOOLS = ["build", "hatchling", "mypy", "nox", "pytest", "pytest-benchmark", "ruff"]
+TOOLS = ["build", "hatchling", "mypy", "nox", "pytest", "pytest-benchmark", "ruff", "torchao"]
 
 DEMO = [
     "a large yellow star on a blue background",

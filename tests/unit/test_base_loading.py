@@ -29,6 +29,7 @@ from silkscreen.flux2.quantizing import parse_quantize
 from silkscreen.training.config import TrainingConfig
 from silkscreen.training.models import read_components
 from small_flux2 import build_pipeline, draw, random_picture
+from torchao.utils import TorchAOBaseTensor
 
 CPU = torch.device("cpu")
 PUBLISHED = [base_id for base_id in known_bases() if base_id.startswith("black-forest-labs/")]
@@ -334,6 +335,13 @@ def test_float8_storage_draws_nearly_the_same_picture(saved: Path, drawn: np.nda
     pipe = loaded(saved, quantize="fp8")
     assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
     assert pipe.text_encoder.model.layers[0].mlp.up_proj.weight.dtype == torch.float8_e4m3fn
+    assert 0 < np.abs(draw(pipe) - drawn).max() < 0.05
+
+
+def test_integer_weights_draw_nearly_the_same_picture(saved: Path, drawn: np.ndarray) -> None:
+    pipe = loaded(saved, quantize="int8")
+    assert isinstance(pipe.transformer.transformer_blocks[0].attn.to_q.weight, TorchAOBaseTensor)
+    assert isinstance(pipe.text_encoder.model.layers[0].mlp.up_proj.weight, TorchAOBaseTensor)
     assert 0 < np.abs(draw(pipe) - drawn).max() < 0.05
 
 

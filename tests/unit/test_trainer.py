@@ -123,6 +123,14 @@ def test_a_base_that_stays_in_its_files_teaches_the_same(settings: dict[str, Any
     assert same(at_hand, run(checkpointing, offload="disk", output_path=tmp_path / "disk"))
 
 
+def test_a_base_of_integer_weights_teaches_nearly_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
+    for kind in (None, "int8"):
+        run(settings, output_path=tmp_path / str(kind), quantize=kind)
+    plain, quantized = ([float(loss) for loss in losses(tmp_path / kind)] for kind in ("None", "int8"))
+    assert quantized != plain
+    assert quantized == pytest.approx(plain, rel=0.05)
+
+
 def test_a_step_is_the_one_of_the_named_optimizer(settings: dict[str, Any], tmp_path: Path) -> None:
     """The first step of Adam is the same for every decay of the mean square, the second is not."""
     settings |= {"num_epochs": 1, "dataset_repeat": 1, "customized_optimizer": "torch.optim.Adam"}
