@@ -19,6 +19,7 @@ from silkscreen.flux2.sides import BOTH, NEGATIVE, POSITIVE, Call, Sides
 LARGEST = 2**17
 """Tokens times their size, in one side's pass, up to which it is run together with the other's."""
 
+_TEXT = ("encoder_hidden_states", "txt_ids")
 _BATCHED = ("hidden_states", "timestep", "guidance", "encoder_hidden_states")
 _OTHERS = ("img_ids", "txt_ids", "joint_attention_kwargs", "return_dict")
 
@@ -40,7 +41,7 @@ def in_one_pass(pipe: Any, sides: Sides) -> Iterator[None]:
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         encoded = encode(*args, **kwargs)
-        run.expect_text(*encoded)
+        run.expect_text(encoded)
         return encoded
 
     end = transformer.register_forward_pre_hook(run.before_pass, prepend=True, with_kwargs=True).remove
@@ -71,9 +72,9 @@ class _OnePass:
         self._result: torch.Tensor | None = None
         self._now: Literal["one side", "both", "known"] = "one side"
 
-    def expect_text(self, embeddings: torch.Tensor, ids: torch.Tensor) -> None:
+    def expect_text(self, encoded: tuple[torch.Tensor, ...]) -> None:
         """Take a text for the negative side's, which pipelines encode last; where it is not, that is found out."""
-        self._text = {"encoder_hidden_states": embeddings, "txt_ids": ids}
+        self._text = dict(zip(_TEXT, encoded, strict=False))
 
     def side_of(self, name: str) -> str:
         """Return the side, or both, that a pass is to run, which the pipeline calls by a name."""
@@ -86,7 +87,7 @@ class _OnePass:
         self._now = "one side"
         suits = not args and self._suits(call)
         if self._sides.running == NEGATIVE:
-            self._text = {name: call[name] for name in ("encoder_hidden_states", "txt_ids")} if suits else None
+            self._text = {name: call[name] for name in _TEXT} if suits else None
             if self._result is not None and _equal(call, self._expected):
                 self._now = "known"
             else:
