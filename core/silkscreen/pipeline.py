@@ -157,9 +157,10 @@ class TemplatePipeline:
         positive = positive or self.compose(
             pipe, template_inputs, on_conflict=on_conflict, repeat=_repeat(template_inputs, arguments)
         )
-        if isinstance(negative_template_inputs, str) and not one_sided:
-            given = [self.default_negatives(some) for some in _lists(template_inputs).values()]
-        negative = negative or self.compose(pipe, given, on_conflict=on_conflict, repeat=_repeat(given, arguments))
+        if not one_sided:
+            if isinstance(negative_template_inputs, str):
+                given = [self.default_negatives(some) for some in _lists(template_inputs).values()]
+            negative = negative or self.compose(pipe, given, on_conflict=on_conflict, repeat=_repeat(given, arguments))
         arguments |= _pipeline_arguments(pipe, positive, arguments)
         hooks = registry.plugin_manager().hook
         hooks.before_generate(pipe=pipe, arguments=arguments)

@@ -144,6 +144,12 @@ def test_an_inpainting_pipeline_runs_both_in_one_pass(draw: Draw) -> None:
     assert runs == STEPS
 
 
+def test_a_run_without_guidance_has_one_side(small_pipe: Any, draw: Draw) -> None:
+    one, two, runs = draw(small_pipe, [{"model_id": "keys"}], None, guidance_scale=1.0)
+    assert np.array_equal(one, two)
+    assert runs == STEPS
+
+
 def test_weights_that_are_moved_in_a_pass_stay_fit_for_training(small_pipe: Any, draw: Draw) -> None:
     cpu_offload(small_pipe.transformer, torch.device("cpu"))  # makes each weight anew when it is needed
     weights = []
