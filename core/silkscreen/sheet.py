@@ -38,7 +38,8 @@ def contact_sheet(
     left = max([gap, *(box(text)[0] for text in rows)])
     starts = range(0, len(pictures), columns)
     heads = [max([gap, *(box(text)[1] for text in labels[start : start + columns])]) for start in starts]
-    tops = list(accumulate((head + height for head in heads), initial=box(title)[1]))
+    bodies = [max(height, box(text)[1]) for text in [*rows, *[""] * len(heads)][: len(heads)]]
+    tops = list(accumulate(map(sum, zip(heads, bodies, strict=True)), initial=box(title)[1]))
     sheet = Image.new("RGB", (left + columns * (width + gap), tops[-1] + gap), "white")
     pen = ImageDraw.Draw(sheet)
     pen.multiline_text((left, gap), title, "black", font)
