@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from inspect import signature
 from typing import Any
 
 import torch
@@ -132,10 +131,6 @@ _PROCESSORS: dict[type, type[_TemplateProcessor]] = {
     Flux2AttnProcessor: DoubleBlockProcessor,
     Flux2ParallelSelfAttnProcessor: SingleBlockProcessor,
 }
-
-
-for _processor in _PROCESSORS.values():  # diffusers looks it up in each block of each pass
-    _processor.__call__.__signature__ = signature(_processor.__call__)  # type: ignore[attr-defined]
 
 
 def attention_modules(transformer: Any) -> dict[str, Any]:
