@@ -140,18 +140,38 @@ def load(
     return model.to(device)
 
 
-def stream(model: nn.Module, files: Sequence[TensorFile], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+class _Held(OffloadedWeightsLoader):  # type: ignore[misc]
+    """Tensors that are read from their files each time; kernels of convolutions come in a memory format."""
+
+    def __init__(self, index: Mapping[str, Mapping[str, str]], kernels: torch.memory_format) -> None:
+        super().__init__(index=index)
+        self._kernels = kernels
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = super().__getitem__(name)
+        return tensor.to(memory_format=self._kernels) if tensor.ndim == 4 else tensor
+
+
+def stream(
+    model: nn.Module,
+    files: Sequence[TensorFile],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: torch.memory_format = torch.preserve_format,
+) -> nn.Module:
     """Let an empty model's weights stay in their files, which have to fit it.
 
     A module's parameters are read, converted and put on the device when it runs, and dropped again: memory never holds
-    more than one module's. Parameters are only there while the module that owns them runs.
+    more than one module's. Parameters are only there while the module that owns them runs. Kernels of convolutions
+    come in the memory format `kernels`.
     """
     index = {
         name: {"safetensors_file": str(file.path), "weight_name": file.names.get(name, name)}
         for file in files
         for name in file.shapes
     }
-    held = OffloadedWeightsLoader(index=index)
+    held = _Held(index, kernels)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     kept = {name for name, _ in model.named_buffers()} & index.keys()  # the others are made by the constructor

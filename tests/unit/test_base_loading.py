@@ -286,11 +286,22 @@ def test_a_base_that_was_saved_is_the_very_one_when_loaded(saved: Path, drawn: n
 
 @pytest.mark.parametrize("offload", ["model", "group"])
 def test_offloading_draws_the_same_picture(saved: Path, drawn: np.ndarray, offload: Any) -> None:
-    pipe = loaded(saved)
+    pipe, built = loaded(saved), build_pipeline()
+    built.vae.to(memory_format=torch.channels_last)
     place(pipe, offload, CPU)
     moved = offload == "model"  # its weights are copied, and lie in memory as those of a base that was just built
-    np.testing.assert_array_equal(draw(pipe), draw(build_pipeline()) if moved else drawn)
+    np.testing.assert_array_equal(draw(pipe), draw(built) if moved else drawn)
     assert offload_of(pipe) == offload
+
+
+def test_a_loaded_base_can_be_saved_again(saved: Path, tmp_path: Path) -> None:
+    """Its VAE is laid out in channels_last, in which safetensors would not take it."""
+    pipe = loaded(saved)
+    assert pipe.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    pipe.save_pretrained(tmp_path / "again")
+    for name in MODELS:
+        (file,) = (saved / name).glob("*.safetensors")
+        assert (tmp_path / "again" / name / file.name).read_bytes() == file.read_bytes()
 
 
 def test_weights_stay_in_their_files_with_offload_disk(saved: Path, drawn: np.ndarray) -> None:
