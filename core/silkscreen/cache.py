@@ -23,6 +23,7 @@ from silkscreen.control import Control
 from silkscreen.errors import CacheError
 from silkscreen.files import replacing, sha256
 from silkscreen.flux2.guidance import in_one_pass
+from silkscreen.flux2.prepacking import weights_prepacked
 from silkscreen.flux2.replacing import is_plain
 from silkscreen.flux2.rotary import embedded_once
 from silkscreen.flux2.sides import BOTH, NEGATIVE, POSITIVE, Fields, Later, Sides, fields_at
@@ -366,6 +367,7 @@ def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache | None) -
             stack.enter_context(carrier.inject(pipe, sides))
         if used and is_plain(pipe.transformer):
             stack.enter_context(embedded_once(pipe.transformer))
+            stack.enter_context(weights_prepacked(pipe.transformer))
             if both:
                 stack.enter_context(in_one_pass(pipe, sides))
         yield

@@ -30,6 +30,7 @@ from silkscreen.errors import BaseError
 from silkscreen.flux2.configuration import MODELS, configuration, construct
 from silkscreen.flux2.context import TemplateContext
 from silkscreen.flux2.loading import component_references, default_dtype
+from silkscreen.flux2.prepacking import prepackable
 from silkscreen.flux2.quantizing import parse_quantize, stored_bytes
 from silkscreen.flux2.sides import NEGATIVE, POSITIVE
 from silkscreen.lru import LRU
@@ -63,7 +64,7 @@ class Need:
         weights: of the base that are on the device at once, at most.
         templates: likewise, of the templates.
         caches: what the templates made, of both sides, and what is kept of it for the next call.
-        activations: of the part of the drawing that takes most.
+        activations: of the part of the drawing that takes most, and a copy of weights that is laid out for it.
         device: all that is on the device when most is.
         memory: what the main memory holds beside that; on a CPU, where the device's memory is the main memory, nothing.
     """
@@ -178,22 +179,20 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and take note of the storages that are new after it."""
-        known = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        known = {_memory(tensor)[0] for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in known and storage._cdata not in self._seen:
-                self._add(storage)
+            key, owner, size = _memory(tensor)
+            if key not in known and key not in self._seen:
+                self._add(key, owner, size)
         return result
 
-    def _add(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-
+    def _add(self, key: int, owner: Any, size: int) -> None:
         def forget(_: Any) -> None:
             self.live -= size
             del self._seen[key]
 
-        self._seen[key] = weakref.ref(storage, forget)
+        self._seen[key] = weakref.ref(owner, forget)
         self.live += size
         self.peak = max(self.peak, self.live)
 
@@ -246,6 +245,9 @@ class _Drawing:
         held = {name: stored_bytes(model, quantized.get(name), self.dtype) for name, model in self.models.items()}
         templates = {name: stored_bytes(model, None, self.dtype) for name, model in self.templates.items()}
         everything = offload == "none"
+        packed = 0
+        if self.templates and everything and device.type == "cpu" and "transformer" not in quantized:
+            packed = nbytes([layer.weight for layer in prepackable(self.models["transformer"])])
 
         def on_device(phase: _Phase) -> tuple[int, int]:
             """Return the bytes of the base's and of the templates' weights that are on the device in a phase."""
@@ -256,8 +258,11 @@ class _Drawing:
             part = _part_on_device(phase.model, "none" if own and offload != "disk" else offload, kind, self.dtype)
             return (0, part) if own else (part, 0)
 
+        def activations(phase: _Phase) -> int:
+            return phase.activations + (packed if phase.with_caches else 0)
+
         def total(phase: _Phase) -> int:
-            return sum(on_device(phase)) + phase.activations + (self.caches if phase.with_caches else 0)
+            return sum(on_device(phase)) + activations(phase) + (self.caches if phase.with_caches else 0)
 
         most = max(self.phases, key=total)
         base_weights, template_weights = on_device(most)
@@ -265,7 +270,7 @@ class _Drawing:
         loading = max(plain[name] - held[name] for name in held)  # quantized once it is there
         beside = 0 if device.type == "cpu" or offload == "disk" else sum(held.values()) + loading
         caches = self.caches if most.with_caches else 0
-        return Need(self.dtype, offload, base_weights, template_weights, caches, most.activations, total(most), beside)
+        return Need(self.dtype, offload, base_weights, template_weights, caches, activations(most), total(most), beside)
 
     def _phase(self, component: str, run: Callable[[], Any], *, with_caches: bool) -> None:
         with _counted() as counted:
@@ -379,6 +384,14 @@ def _part_on_device(model: nn.Module, offload: Offload, quantized: str | None, d
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _memory(tensor: torch.Tensor) -> tuple[int, Any, int]:
+    """Return what tells a tensor's memory, the object that it lives as long as, and its bytes."""
+    if tensor.layout != torch.strided:  # laid out for matrix products: it has no storage that others could share
+        return id(tensor), tensor, tensor.numel() * tensor.itemsize
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage, storage.nbytes()
 
 
 def _unique_bytes(value: Any) -> int:

@@ -15,7 +15,7 @@ from silkscreen.flux2.loading import describe_base
 
 needs_diffsynth = pytest.mark.skipif(
     importlib.util.find_spec("diffsynth") is None,
-    reason="no diffsynth: pip install einops imageio pandas; pip install --no-deps diffsynth",
+    reason="no diffsynth: pip install einops imageio modelscope pandas; pip install --no-deps diffsynth",
 )
 
 VALUE_TEMPLATE = """

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import TrainingError
+from silkscreen.flux2 import prepacking
 from silkscreen.training import objective
 from silkscreen.training.config import TrainingConfig
 from silkscreen.training.data import draw_seed
@@ -117,10 +118,16 @@ def test_workers_and_the_cache_change_nothing(settings: dict[str, Any], tmp_path
         assert losses(tmp_path / "run") == losses(tmp_path / name)
 
 
-def test_a_base_that_stays_in_its_files_teaches_the_same(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_base_that_stays_in_its_files_teaches_the_same(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpointing = settings | {"use_gradient_checkpointing": True}
-    at_hand = run(checkpointing)
-    assert same(at_hand, run(checkpointing, offload="disk", output_path=tmp_path / "disk"))
+    in_files = run(checkpointing, offload="disk", output_path=tmp_path / "disk")
+    prepacked = run(checkpointing)
+    monkeypatch.setattr(prepacking, "LARGEST", 0)
+    assert same(in_files, run(checkpointing, output_path=tmp_path / "plain"))
+    for name, value in load_file(prepacked).items():
+        torch.testing.assert_close(value, load_file(in_files)[name], atol=1e-4, rtol=0)
 
 
 def test_a_base_of_integer_weights_teaches_nearly_the_same(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2ParallelSelfAttnProcessor,
     _get_qkv_projections,
 )
+from torch.nn.functional import silu
 
 from silkscreen.carriers.kv_cache import KV, weights_of
 from silkscreen.carriers.weights import Weights
@@ -99,6 +100,20 @@ class DoubleBlockProcessor(_TemplateProcessor):
         return attn.to_out[1](attn.to_out[0](picture)), attn.to_add_out(text)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * gated, which keeps nothing for the backward pass but what it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, gated: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, gated)
+        return silu(gate) * gated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (gradient,), (gate, gated) = gradients, ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * gated, gate), gradient * silu(gate)
+
+
 class SingleBlockProcessor(_TemplateProcessor):
     """For the blocks in which picture and text run as one sequence, in parallel with the feed-forward layer."""
 
@@ -123,8 +138,9 @@ class SingleBlockProcessor(_TemplateProcessor):
         if image_rotary_emb is not None:
             query, key = self.rotate(query, image_rotary_emb), self.rotate(key, image_rotary_emb)
         hidden = self.attend(query, key, value, kv, attention_mask)
-        # the gate of mlp_act_fn: its slices of slices would cost the backward pass a sum of tensors full of zeros
-        return attn.to_out(torch.cat([hidden, attn.mlp_act_fn.gate_fn(gate) * gated], dim=-1))
+        # not by mlp_act_fn: its slices of slices would cost the backward pass a sum of tensors full of zeros
+        gated = _SwiGLU.apply(gate, gated)  # type: ignore[no-untyped-call]
+        return attn.to_out(torch.cat([hidden, gated], dim=-1))
 
 
 _PROCESSORS: dict[type, type[_TemplateProcessor]] = {

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ from silkscreen.errors import TrainingError
 from silkscreen.files import replacing
 from silkscreen.flux2.context import TemplateContext
 from silkscreen.flux2.loading import default_dtype, load_base
+from silkscreen.flux2.prepacking import weights_prepacked
+from silkscreen.flux2.replacing import is_plain
 from silkscreen.template import find_template, inputs_from_signature
 from silkscreen.training import checkpoints, objective, validation
 from silkscreen.training.config import TrainingConfig
@@ -348,7 +350,9 @@ class _Run:
         if config.log_with:
             accelerator.init_trackers("silkscreen", config=config.resolved())
         self.probes = validation.probes(self.held_out, config.seed) if self.held_out else []
-        path = self._loop(epochs, total, parameters, optimizer, schedule)
+        packed = accelerator.mixed_precision == "no" and is_plain(self.pipe.transformer)
+        with weights_prepacked(self.pipe.transformer) if packed else nullcontext():
+            path = self._loop(epochs, total, parameters, optimizer, schedule)
         if config.task == "sft" and self.store is not None and accelerator.is_main_process:
             shutil.rmtree(self.store.folder)
         self._say(
