@@ -20,7 +20,7 @@ import torch
 from peer import replace_torchvision, their_pipeline
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-PRODUCTS = ("mm", "bmm", "convolution", "_scaled_dot_product")
+PRODUCTS = ("mm", "bmm", "linear", "convolution", "_scaled_dot_product")
 """What names of torch's operators for matrix products contain."""
 
 
