@@ -249,6 +249,20 @@ def test_a_prompt_is_encoded_once(small_pipe: Any, encoded: list[Any]) -> None:
     assert len(encoded) == 9
 
 
+def test_of_a_list_only_prompts_that_are_new_are_encoded(small_pipe: Any, encoded: list[Any]) -> None:
+    bare = draw(small_pipe, prompt=["red", "blue"], num_images_per_prompt=2)
+    encoded.clear()
+    templates = TemplatePipeline([])
+    both = picture(templates, small_pipe, prompt=["red", "blue"], num_images_per_prompt=2)
+    assert len(encoded) == 3  # and the empty one of the negative side, once
+    np.testing.assert_allclose(both, bare, atol=1e-5)
+    for prompts, passes in ((["red", "blue red"], 4), (["blue", "red", "blue"], 4), ("red", 4)):
+        picture(templates, small_pipe, prompt=prompts)
+        assert len(encoded) == passes
+    picture(TemplatePipeline([], prompt_cache_bytes=0), small_pipe, prompt=["red", "red"])
+    assert len(encoded) == 6
+
+
 def test_kept_prompts_are_not_changed_by_what_a_callback_does_to_them(small_pipe: Any) -> None:
     templates = TemplatePipeline([])
     before = picture(templates, small_pipe)

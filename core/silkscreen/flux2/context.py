@@ -86,7 +86,7 @@ class TemplateContext:
 def keep_prompts(pipe: Any, kept: LRU[tuple[torch.Tensor, ...]]) -> Iterator[None]:
     """Let a pipeline take embeddings of prompts that it has encoded before from `kept`, as long as the context lasts.
 
-    A list of prompts is one entry, because how many are encoded at once decides the last bits.
+    The prompts of a list are encoded one by one: how many are encoded at once would decide the last bits.
     """
     original = pipe.encode_prompt
     parameters = signature(original)
@@ -94,18 +94,23 @@ def keep_prompts(pipe: Any, kept: LRU[tuple[torch.Tensor, ...]]) -> Iterator[Non
     def encode_prompt(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         call = parameters.bind(*args, **kwargs)
         call.apply_defaults()
-        given = dict(call.arguments)
-        if given.get("prompt_embeds") is not None:
+        options = dict(call.arguments)
+        if options.get("prompt_embeds") is not None:
             return original(*args, **kwargs)  # type: ignore[no-any-return]
-        given["prompt"] = [given["prompt"]] if isinstance(given["prompt"], str) else given["prompt"]
-        given["device"] = str(given["device"] or pipe._execution_device)
-        parts = (_identity(pipe, part) for part in ("text_encoder", "tokenizer"))
-        key = (json.dumps(content(given)), *parts)
-        found = kept.get(key)
-        if found is None:
-            found = original(*args, **kwargs)
-            kept.put(key, found, nbytes(found))
-        return tuple(tensor.clone() for tensor in found)
+        prompts, count = options.pop("prompt"), options.pop("num_images_per_prompt")
+        prompts = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
+        where = {"device": str(options["device"] or pipe._execution_device)}
+        parts = [_identity(pipe, part) for part in ("text_encoder", "tokenizer")]
+        encoded = {}
+        for prompt in dict.fromkeys(prompts):
+            key = (json.dumps(content({**options, **where, "prompt": prompt})), *parts)
+            found = kept.get(key)
+            if found is None:
+                found = original(prompt=[prompt or ""], num_images_per_prompt=1, **options)
+                kept.put(key, found, nbytes(found))
+            encoded[prompt] = found
+        every = zip(*(encoded[prompt] for prompt in prompts), strict=True)
+        return tuple(torch.cat(tensors).repeat_interleave(count, dim=0) for tensors in every)
 
     with method_replaced(pipe, "encode_prompt", encode_prompt):
         yield
