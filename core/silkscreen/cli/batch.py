@@ -58,4 +58,4 @@ def command(file: Path, seed: int, output: Path, overwrite: bool, base_options: 
         trust_code=trust_code,
     )
     if failures:
-        raise click.ClickException(f"{len(failures)} rows failed: {output / REPORT} says why")
+        raise click.ClickException(f"{len(failures)} row{'s' * (len(failures) > 1)} failed: {output / REPORT} says why")
