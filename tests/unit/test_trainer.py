@@ -70,8 +70,8 @@ def test_a_step_is_the_naive_objective(settings: dict[str, Any], timesteps: tupl
     shares = {"min_timestep_boundary": timesteps[0] / 1000, "max_timestep_boundary": timesteps[1] / 1000}
     trainer = _Run(TrainingConfig(**settings, **shares))
     trainer.prepared = trainer.model
-    assert trainer.preparation is not None
-    example = trainer.encoder.encode(trainer.preparation.prepare(1, 0), 0)
+    assert trainer.rows.preparation is not None
+    example = trainer.encoder.encode(trainer.rows.preparation.prepare(1, 0), 0)
     value = trainer._learn([example], [1], 0)
     generator = torch.Generator().manual_seed(draw_seed(0, 0, 1))
     i = int(torch.randint(*timesteps, (1,), generator=generator))
@@ -100,8 +100,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(settings: dict[str, Any
         trainer = _Run(TrainingConfig(**settings, **more))
         trainer.prepared = trainer.model
         trainer.enable_checkpointing()
-        assert trainer.preparation is not None
-        trainer._learn([trainer.encoder.encode(trainer.preparation.prepare(1, 0), 0)], [1], 0)
+        assert trainer.rows.preparation is not None
+        trainer._learn([trainer.encoder.encode(trainer.rows.preparation.prepare(1, 0), 0)], [1], 0)
         assert trainer.pipe.transformer.is_gradient_checkpointing == bool(more)
         gradients.append({name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad})
     for other in gradients[1:]:

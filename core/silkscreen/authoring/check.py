@@ -39,7 +39,7 @@ from silkscreen.manifest import MISSING, Input, example_command
 from silkscreen.pipeline import TemplatePipeline
 from silkscreen.template import Template, inputs_from_signature
 from silkscreen.training.data import seed_all
-from silkscreen.training.trainer import stacked
+from silkscreen.training.encoding import stacked
 
 TINY = "flux2-tiny"
 UNTRAINED = "untrained"

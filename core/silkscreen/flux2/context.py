@@ -67,6 +67,14 @@ class TemplateContext:
     def load_models_to_device(self, names: Sequence[str]) -> None:
         """Do nothing: diffusers and accelerate place the models."""
 
+    def make_room(self) -> None:
+        """Let models that are offloaded one by one leave the device, as a pipeline does when its call ends.
+
+        The text encoder makes room for itself only at the start of a drawing.
+        """
+        if self.offload == "model":
+            self._pipe.maybe_free_model_hooks()
+
     def preprocess_image(self, image: Image.Image) -> torch.Tensor:
         """Return a picture as (1, 3, H, W) in [-1, 1]."""
         pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)

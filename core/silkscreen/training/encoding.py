@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Encoder:
         Raises:
             TrainingError: `process_inputs` raised, or returned no dict.
         """
+        self.context.make_room()
         seed_all(self.seed, epoch, prepared.row, "process_inputs")
         try:
             processed = self.model.process_inputs(pipe=self.context, **prepared.values)  # type: ignore[operator]
@@ -69,6 +70,25 @@ class Encoder:
                     parameter.copy_(value)
         same_form = before[0] == after[0]
         return same_form and all(torch.equal(value, after[1][name]) for name, value in before[1].items())
+
+
+def stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join what `process_inputs` returned for each row: tensors along the batch, equal values as they are."""
+    joined: dict[str, Any] = {}
+    for key in processed[0]:
+        values = [each[key] for each in processed]
+        if len(values) == 1 or all(not isinstance(v, torch.Tensor | list) and v == values[0] for v in values):
+            joined[key] = values[0]
+        elif all(isinstance(v, torch.Tensor) and v.shape[0] == 1 for v in values):
+            joined[key] = torch.cat(values)
+        elif all(isinstance(v, list) and len(v) == len(values[0]) for v in values):
+            joined[key] = [torch.cat(parts) for parts in zip(*values, strict=True)]
+        else:
+            raise TrainingError(
+                f"process_inputs returned {key!r} in a form that does not stack into a batch: "
+                "return tensors whose first dimension is 1, or train with --batch_size 1"
+            )
+    return joined
 
 
 def about(

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import importlib
-import inspect
 import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import click
 import tomli_w
 import torch
 from accelerate import Accelerator
@@ -22,9 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from diffusers import Flux2KleinPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from silkscreen import registry, weights
 from silkscreen.cache import TemplateCache, inject
@@ -34,23 +27,17 @@ from silkscreen.flux2.context import TemplateContext
 from silkscreen.flux2.loading import default_dtype, load_base
 from silkscreen.flux2.prepacking import weights_prepacked
 from silkscreen.flux2.replacing import is_plain
-from silkscreen.template import find_template, inputs_from_signature
+from silkscreen.template import find_template
 from silkscreen.training import checkpoints, objective, validation
 from silkscreen.training.config import TrainingConfig
-from silkscreen.training.data import (
-    Preparation,
-    Prepared,
-    Size,
-    Sizing,
-    batches,
-    check_rows,
-    draw_seed,
-    read_rows,
-    seed_all,
-)
-from silkscreen.training.encoding import Encoder, about, about_models
+from silkscreen.training.data import Size, batches, draw_seed, seed_all
+from silkscreen.training.encoding import Encoder, stacked
+from silkscreen.training.examples import Examples
 from silkscreen.training.models import read_components, training_base
-from silkscreen.training.store import Example, ExampleStore, StoreError, read_index
+from silkscreen.training.optimizer import make_optimizer
+from silkscreen.training.reporting import Log, Reporter
+from silkscreen.training.rows import rows_of
+from silkscreen.training.store import Example
 from silkscreen.training.trainable import choose_trainable, trained_names
 
 _NOT_OF_THE_RUN = (
@@ -72,7 +59,7 @@ def train(config: TrainingConfig) -> Path:
     """
     run = _Run(config)
     try:
-        return run.encode_all() if config.task == "sft:data_process" else run.train()
+        return run.encode() if config.task == "sft:data_process" else run.train()
     finally:
         run.close()
 
@@ -97,20 +84,6 @@ class _Place:
     run: str = ""
 
 
-class _Items(Dataset[Example | Prepared]):
-    """The items of an epoch, by number: encoded where the row is in the store, prepared where it is not."""
-
-    def __init__(self, shown: Sequence[int], store: ExampleStore | None, preparation: Preparation | None, epoch: int):
-        self.shown, self.store, self.preparation, self.epoch = shown, store, preparation, epoch
-
-    def __getitem__(self, item: int) -> Example | Prepared:
-        row = self.shown[item % len(self.shown)]
-        if self.store is not None and row in self.store:
-            return self.store[row]
-        assert self.preparation is not None
-        return self.preparation.prepare(row, self.epoch)
-
-
 class _Run:
     """One training run: the models, the rows, and the loop."""
 
@@ -118,6 +91,7 @@ class _Run:
         self.config = config
         self.accelerator = _make_accelerator(config)
         self.device = self.accelerator.device
+        self.reporter = Reporter(self.accelerator.is_main_process)
         named = config.template_model_id_or_path
         self.template = find_template(named, trust_code=config.trust_code or not registry.is_source(named))
         base = training_base(config)
@@ -126,7 +100,7 @@ class _Run:
         if self.accelerator.is_main_process:
             checkpoints.check_room(config.output_path, 0)
         self.accelerator.wait_for_everyone()
-        self._read_data(base.id)
+        self.rows = rows_of(config, base.id, self.template, self.reporter)
         without = ("vae", "text_encoder", "tokenizer") if split else ()
         dtype = torch.float32 if config.mixed_precision == "no" else default_dtype(self.device)
         self.pipe = load_base(
@@ -150,157 +124,17 @@ class _Run:
         self.model = self._make_model()
         choose_trainable(self.model, config.trainable_models)
         self.encoder = Encoder(self.context, self.model, config.seed)
-        self._open_store()
+        self.examples = Examples(config, self.rows, self.encoder, self.template, self.accelerator, self.reporter)
 
-    # -- what there is to learn from
-
-    def _read_data(self, base_id: str) -> None:
-        """Find the rows, check them, and choose which are held out."""
-        config = self.config
-        self.preparation: Preparation | None = None
-        count = 0
-        if config.task == "sft:train":
-            assert config.dataset_base_path is not None
-            found = read_index(config.dataset_base_path)
-            if found is None:
-                raise TrainingError(
-                    f"{config.dataset_base_path} holds no encoded rows: run --task sft:data_process first"
-                )
-            self.sizes: list[Size] = [(width, height) for width, height in found["sizes"]]
-            self.about = about_models(base_id, self.template)
-            count = len(self.sizes)
-        else:
-            assert config.dataset_metadata_path is not None
-            keys = [key.strip() for key in config.data_file_keys.split(",") if key.strip()]
-            rows, problems = read_rows(config.dataset_metadata_path, config.dataset_base_path, keys)
-            extra = config.validation_metadata_path
-            more, worse = read_rows(extra, config.dataset_base_path, keys) if extra else ([], [])
-            count, problems = len(rows), problems + worse
-            preparation = Preparation(
-                rows=[*rows, *more],
-                sizing=Sizing(config.max_pixels, config.height, config.width),
-                processor=self.template.data_processor,
-                inputs=inputs_from_signature(self.template.module.TEMPLATE_MODEL),
-                seed=config.seed,
-            )
-            good = []
-            with self._progress("checking", len(preparation.rows)) as advance:
-                for number, (size, problem) in enumerate(check_rows(preparation, config.dataset_num_workers)):
-                    path = config.dataset_metadata_path if number < count else extra
-                    if problem:
-                        problems.append(f"{path}:{preparation.rows[number].line}: {problem}")
-                    else:
-                        good.append((number, size))
-                    advance(1)
-            self._report(problems)
-            count = sum(number < count for number, _ in good)
-            if not count:
-                raise TrainingError(f"{config.dataset_metadata_path} has no rows to train on")
-            kept = [preparation.rows[number] for number, _ in good]
-            self.preparation = dataclasses.replace(preparation, rows=kept)
-            self.sizes = [size for _, size in good]
-            self.about = about(config, base_id, self.template, kept, self.sizes)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(draw_seed(config.seed, "split"))).tolist()
-        held = round(count * config.validation_split) if config.validation_split else 0
-        if config.validation_split and not 0 < held < count:
-            raise TrainingError(
-                f"--validation_split {config.validation_split} of {count} rows leaves a side without any"
-            )
-        self.held_out = [*sorted(order[:held]), *range(count, len(self.sizes))]
-        self.shown = sorted(order[held:])
-
-    def _report(self, problems: Sequence[str]) -> None:
-        if not problems:
-            return
-        shown = "\n".join(f"  {problem}" for problem in problems[:20])
-        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        message = f"{len(problems)} bad row{'s' * (len(problems) > 1)}\n{shown}{more}"
-        if self.config.bad_rows == "stop":
-            raise TrainingError(f"{message}\nmend or remove them, or go on without them by --bad_rows skip")
-        self._say(f"going on without {message}")
-
-    def _open_store(self) -> None:
-        """Open what holds encoded rows: the folder of a split run, or the run's own where it is of use."""
-        config = self.config
-        process = self.accelerator.process_index
-        self.store: ExampleStore | None = None
-        if config.task == "sft:train":
-            assert config.dataset_base_path is not None
-            self.store = ExampleStore(config.dataset_base_path, self.about, process)
-            missing = [row for row in range(len(self.sizes)) if row not in self.store]
-            if missing:
-                raise TrainingError(
-                    f"{config.dataset_base_path} lacks {len(missing)} of {len(self.sizes)} rows: "
-                    "run --task sft:data_process again, it goes on where it stopped"
-                )
-            return
-        assert self.preparation is not None
-        seen_again = config.num_epochs * config.dataset_repeat > 1
-        if config.task == "sft" and (config.no_cache or not seen_again):
-            return
-        if not self.encoder.is_constant(self.preparation):
-            if config.task == "sft:data_process":
-                raise TrainingError(
-                    f"template {self.template.name!r} processes a row differently each time (by chance, or by weights "
-                    "that are trained), so that its rows cannot be encoded once for all: train it with --task sft"
-                )
-            self._say("the template processes a row differently each time: rows are encoded anew in every epoch")
-            return
-        folder = config.output_path / "cache" if config.task == "sft" else config.output_path
-        self.store = ExampleStore(folder, {**self.about, "dtype": str(self.context.torch_dtype)}, process)
-        self.accelerator.wait_for_everyone()
-
-    def _example(self, row: int, value: Example | Prepared, epoch: int) -> Example:
-        """Return a row encoded, and keep it where a store is open."""
-        if isinstance(value, Example):
-            return value.to(self.device)
-        if self.store is not None and row in self.store:
-            return self.store[row].to(self.device)
-        if self.config.offload == "model":
-            self.pipe.maybe_free_model_hooks()  # the text encoder makes room for itself only at the start of a drawing
-        try:
-            example = self.encoder.encode(value, epoch)
-        except TrainingError as error:
-            assert self.preparation is not None
-            line = self.preparation.rows[row].line
-            raise TrainingError(f"{self.config.dataset_metadata_path}:{line}: {error}") from error
-        if self.store is not None:
-            self._keep(row, example)
-        return example
-
-    def _keep(self, row: int, example: Example) -> None:
-        assert self.store is not None
-        try:
-            self.store.add(row, example)
-        except StoreError as error:
-            if self.config.task == "sft:data_process":
-                raise
-            self._say(f"{error}; going on, with rows encoded anew in every epoch")
-            self.store = None
-
-    def encode_all(self) -> Path:
-        """Encode every row that is not yet, each process its share."""
-        assert self.store is not None and self.preparation is not None
-        everyone = range(len(self.sizes))[self.accelerator.process_index :: self.accelerator.num_processes]
-        left = [row for row in everyone if row not in self.store]
-        loader = self._loader(left, range(len(self.sizes)), 0)
-        with self._progress("encoding", len(left)) as advance:
-            for row, value in zip(left, loader, strict=True):
-                self._example(row, value, 0)
-                advance(1)
-        self.store.flush()
-        self.accelerator.wait_for_everyone()
-        self._say(
-            f"encoded: {self.store.folder}\n"
-            f"train on it: silkscreen train --task sft:train --dataset_base_path {self.store.folder} "
+    def encode(self) -> Path:
+        """Encode every row, and return the folder that they are in."""
+        folder = self.examples.encode_all()
+        self.reporter.say(
+            f"encoded: {folder}\n"
+            f"train on it: silkscreen train --task sft:train --dataset_base_path {folder} "
             f"--template_model_id_or_path {self.config.template_model_id_or_path}"
         )
-        return self.store.folder
-
-    def _loader(self, items: Sequence[int], shown: Sequence[int], epoch: int) -> DataLoader[Example | Prepared]:
-        workers = self.config.dataset_num_workers if self.preparation is not None else 0
-        data = _Items(shown, self.store, self.preparation, epoch)
-        return DataLoader(data, batch_size=None, sampler=items, num_workers=workers)
+        return folder
 
     # -- what is trained
 
@@ -326,14 +160,14 @@ class _Run:
         self.names = trained_names(self.model)
         parameters = [value for value in self.model.parameters() if value.requires_grad]
         checkpoints.check_room(config.output_path, sum(value.nbytes for value in self.model.parameters()) * 6)
-        optimizer = _optimizer(config, parameters)
+        optimizer = make_optimizer(config, parameters)
         state = self._find_state()
         items = self.place.items
         if items % accelerator.num_processes:
             raise TrainingError(
                 f"the run has batches of {items}, which {accelerator.num_processes} processes cannot share evenly"
             )
-        sizes = [self.sizes[row] for row in self.shown]
+        sizes = [self.rows.sizes[row] for row in self.rows.shown]
         epochs = [self._epoch(sizes, items, epoch) for epoch in range(config.num_epochs)]
         total = sum(map(len, epochs)) // config.gradient_accumulation_steps
         kind = "constant_with_warmup" if config.lr_scheduler == "constant" else config.lr_scheduler
@@ -345,17 +179,16 @@ class _Run:
             accelerator.register_for_checkpointing(self.average)
         if state is not None:
             accelerator.load_state(str(state))
-            self._say(f"going on after step {self.place.step} of {total}")
+            self.reporter.say(f"going on after step {self.place.step} of {total}")
         self._write_config()
         if config.log_with:
             accelerator.init_trackers("silkscreen", config=config.resolved())
-        self.probes = validation.probes(self.held_out, config.seed) if self.held_out else []
+        self.probes = validation.probes(self.rows.held_out, config.seed) if self.rows.held_out else []
         packed = accelerator.mixed_precision == "no" and is_plain(self.pipe.transformer)
         with weights_prepacked(self.pipe.transformer) if packed else nullcontext():
             path = self._loop(epochs, total, parameters, optimizer, schedule)
-        if config.task == "sft" and self.store is not None and accelerator.is_main_process:
-            shutil.rmtree(self.store.folder)
-        self._say(
+        self.examples.remove()
+        self.reporter.say(
             f"trained: {path}\nmake it a package: silkscreen pack {config.template_model_id_or_path} {path}"
             f"{' --trust-code' if Path(config.template_model_id_or_path).is_dir() else ''}"
         )
@@ -395,16 +228,16 @@ class _Run:
         path = config.output_path
         share = len(epochs[0][0]) // accelerator.num_processes
         mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
-        log = _Log(config.output_path / "log.csv", place.step) if accelerator.is_main_process else None
+        log = Log(config.output_path / "log.csv", place.step) if accelerator.is_main_process else None
+        shown = self.rows.shown
         smooth, shown_since = None, 0
-        with self._progress("training", total, place.step) as advance:
+        with self.reporter.progress("training", total, place.step) as advance:
             for epoch in range(place.epoch, len(epochs)):
                 left = epochs[epoch][place.batch :]
-                loader = iter(self._loader([item for batch in left for item in batch[mine]], self.shown, epoch))
+                seen = [shown[item % len(shown)] for batch in left for item in batch[mine]]
+                supply = self.examples.of(seen, epoch)
                 for batch in left:
-                    examples = [
-                        self._example(self.shown[item % len(self.shown)], next(loader), epoch) for item in batch[mine]
-                    ]
+                    examples = list(islice(supply, share))
                     with accelerator.accumulate(self.prepared):
                         value = self._learn(examples, batch[mine], epoch)
                         shown_since += len(batch)
@@ -434,8 +267,7 @@ class _Run:
                     if config.save_steps and place.step % config.save_steps == 0:
                         path = self._save(f"step-{place.step}")
                     if ended:
-                        if self.store is not None:
-                            self._share()
+                        self.examples.share()
                         path = self._save(f"epoch-{epoch}")
                     if ended or (config.save_steps and place.step % config.save_steps == 0):
                         checkpoints.save_state(accelerator, config.output_path, vars(place))
@@ -451,18 +283,6 @@ class _Run:
         if not (self.probes or self.prompts):
             return False
         return step % every == 0 or step == total if every else ended
-
-    def _share(self) -> None:
-        """Let every process see the rows that the others have encoded."""
-        assert self.store is not None
-        if self.preparation is None:
-            return
-        try:
-            self.store.flush()
-        except StoreError as error:
-            self._say(f"{error}; going on, with some rows encoded anew")
-        self.accelerator.wait_for_everyone()
-        self.store.refresh()
 
     def _learn(self, examples: Sequence[Example], items: Sequence[int], epoch: int) -> torch.Tensor:
         """Add to the gradients what a batch tells, and return its loss."""
@@ -545,8 +365,7 @@ class _Run:
     def _validation_loss(self) -> float:
         mine = self.probes[self.accelerator.process_index :: self.accelerator.num_processes]
         rows = sorted({probe.row for probe in mine})
-        loader = self._loader(rows, range(len(self.sizes)), 0)
-        examples = {row: self._example(row, value, 0) for row, value in zip(rows, loader, strict=True)}
+        examples = dict(zip(rows, self.examples.of(rows, 0), strict=True))
         losses = torch.zeros(2, device=self.device)
         for probe in mine:
             example = examples[probe.row]
@@ -574,7 +393,7 @@ class _Run:
 
     def _identity(self) -> str:
         """Return a hash of all that the result of the run depends on."""
-        return self.config.digest(without=_NOT_OF_THE_RUN, about=self.about)
+        return self.config.digest(without=_NOT_OF_THE_RUN, about=self.rows.about)
 
     def _find_state(self) -> Path | None:
         """Return the full state that the run goes on from, and take up its place; None at the beginning."""
@@ -588,7 +407,7 @@ class _Run:
             return None
         state = checkpoints.latest_state(output)
         if state is None:
-            self._say(f"{output} holds no full state: starting from the beginning")
+            self.reporter.say(f"{output} holds no full state: starting from the beginning")
             return None
         self.place = _Place(**checkpoints.read_place(state))
         if self.place.run != self._identity():
@@ -602,53 +421,6 @@ class _Run:
         if self.accelerator.is_main_process:
             with replacing(self.config.output_path / "config.toml") as partial:
                 partial.write_text(tomli_w.dumps(self.config.resolved()), encoding="utf-8")
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            click.echo(text)
-
-    @contextmanager
-    def _progress(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """Show progress on the main process; yield what advances it."""
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(), TextColumn("left"),
-        )  # fmt: skip
-        began, samples = time.monotonic(), 0
-        with Progress(*columns, disable=not self.accelerator.is_main_process) as progress:
-            task = progress.add_task(what, total=total, completed=done, figures="")
-
-            def advance(count: int, figures: str = "", seen: int = 0) -> None:
-                nonlocal samples
-                samples += seen
-                pace = f"{samples / (time.monotonic() - began):.1f} samples/s" if samples else ""
-                progress.update(task, advance=count, figures=f"{figures}  {pace}".strip())
-
-            yield advance
-
-
-class _Log:
-    """`log.csv`: a line a step. A resumed run's goes on after the last step that its state has."""
-
-    FIELDS = ("step", "epoch", "loss", "learning_rate", "validation_loss")
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if step and path.exists():
-            with path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, self.FIELDS)
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-
-    def write(self, step: int, epoch: int, figures: Mapping[str, float]) -> None:
-        numbers = {name: f"{value:.8g}" for name, value in figures.items()}
-        self._writer.writerow({"step": step, "epoch": epoch, **numbers})
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -667,22 +439,6 @@ def _make_accelerator(config: TrainingConfig) -> Accelerator:
     )
 
 
-def _optimizer(config: TrainingConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    name = config.customized_optimizer
-    module, _, attribute = name.rpartition(".")
-    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
-    if config.adam_beta2 is not None:
-        options["betas"] = (0.9, config.adam_beta2)
-    try:
-        chosen = getattr(importlib.import_module(module), attribute)
-        if "fused" in inspect.signature(chosen).parameters:
-            options["fused"] = True
-        made: torch.optim.Optimizer = chosen(parameters, **options)
-    except (ImportError, AttributeError, ValueError, TypeError, RuntimeError) as error:
-        raise TrainingError(f"--customized_optimizer {name!r} cannot be had with {options}: {error}") from error
-    return made
-
-
 def _offloaded_checkpoint(function: Any, *arguments: Any) -> Any:
     """Checkpoint a block, and keep its inputs in the main memory until the backward pass."""
     with torch.autograd.graph.save_on_cpu():
@@ -691,22 +447,3 @@ def _offloaded_checkpoint(function: Any, *arguments: Any) -> Any:
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Join what `process_inputs` returned for each row: tensors along the batch, equal values as they are."""
-    joined: dict[str, Any] = {}
-    for key in processed[0]:
-        values = [each[key] for each in processed]
-        if len(values) == 1 or all(not isinstance(v, torch.Tensor | list) and v == values[0] for v in values):
-            joined[key] = values[0]
-        elif all(isinstance(v, torch.Tensor) and v.shape[0] == 1 for v in values):
-            joined[key] = torch.cat(values)
-        elif all(isinstance(v, list) and len(v) == len(values[0]) for v in values):
-            joined[key] = [torch.cat(parts) for parts in zip(*values, strict=True)]
-        else:
-            raise TrainingError(
-                f"process_inputs returned {key!r} in a form that does not stack into a batch: "
-                "return tensors whose first dimension is 1, or train with --batch_size 1"
-            )
-    return joined
