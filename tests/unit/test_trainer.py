@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import Flux2Transformer2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from silkscreen.cache import TemplateCache, inject
 from silkscreen.errors import TrainingError
 from silkscreen.flux2 import prepacking
+from silkscreen.flux2.loading import describe_base
 from silkscreen.training import objective
 from silkscreen.training.config import TrainingConfig
 from silkscreen.training.data import draw_seed
@@ -20,6 +22,7 @@ from silkscreen.training.store import Example, ExampleStore, StoreError
 from silkscreen.training.trainer import _Run, train
 from silkscreen.training.validation import probes
 from training_template import MODEL, same, write_dataset, write_template
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
 @pytest.fixture
@@ -201,6 +204,32 @@ def test_rows_encoded_for_something_else_are_refused(settings: dict[str, Any], t
             dataset_base_path=rows,
             output_path=tmp_path / "o",
         )
+
+
+def test_rows_of_another_base_and_of_other_encoders_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Two bases of one size, which no id tells apart, and two folders that a VAE may come from."""
+    bases = [tmp_path / "one", tmp_path / "two"]
+    for folder in bases:
+        write_base(folder)
+    rows = run(settings, task="sft:data_process", base=str(bases[0]), output_path=tmp_path / "rows")
+    split = {"dataset_base_path": rows, "task": "sft:train", "output_path": tmp_path / "split"}
+    with pytest.raises(TrainingError, match="it has base 'unknown"):
+        run(settings, **split, base=str(bases[1]))
+    with pytest.raises(TrainingError, match="it has encoders"):
+        elsewhere = f"vae={bases[1] / 'vae'}"
+        run(settings, task="sft:data_process", base=str(bases[0]), components=elsewhere, output_path=rows)
+
+
+def write_base(folder: Path) -> None:
+    """Write flux2-tiny with a transformer and text encoder of sizes that no known base has, in new weights."""
+    ignored = shutil.ignore_patterns("transformer", "text_encoder")
+    shutil.copytree(describe_base("flux2-tiny").folder, folder, ignore=ignored)
+    geometry = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 6, "attention_head_dim": 32}
+    sizes = {"in_channels": 64, "joint_attention_dim": 48, "axes_dims_rope": (8, 8, 8, 8), "guidance_embeds": False}
+    Flux2Transformer2DModel(**geometry, **sizes).save_pretrained(folder / "transformer")
+    layers = {"num_hidden_layers": 28, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    text = Qwen3Config(vocab_size=64, hidden_size=16, intermediate_size=16, **layers)
+    Qwen3ForCausalLM(text).save_pretrained(folder / "text_encoder")
 
 
 def test_encoded_rows_that_cannot_be_written_are_kept_in_memory(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from silkscreen.bases import Base, known_bases
 from silkscreen.errors import TrainingError
 from silkscreen.files import sha256
 from silkscreen.flux2.context import TemplateContext
+from silkscreen.flux2.loading import component_references, locate_component
 from silkscreen.template import Template
 from silkscreen.training.config import TrainingConfig, digest
 from silkscreen.training.data import Preparation, Prepared, Row, Size, seed_all
+from silkscreen.training.models import read_components
 from silkscreen.training.store import Example, flatten
 
 
@@ -92,20 +95,36 @@ def stacked(processed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def about(
-    config: TrainingConfig, base_id: str, template: Template, rows: Sequence[Row], sizes: Sequence[Size]
+    config: TrainingConfig, base: Base, template: Template, rows: Sequence[Row], sizes: Sequence[Size]
 ) -> dict[str, Any]:
     """Return what encoded rows depend on, as plain data."""
     assert config.dataset_metadata_path is not None
     contents = sha256(config.dataset_metadata_path)
     pictures = [(row.line, row.image.stat().st_size) for row in rows]
+    references = _references(config, base)
+    encoders = {name: str(references[name]) for name in ("vae", "text_encoder", "tokenizer") if name in references}
     return {
-        **about_models(base_id, template),
+        **about_models(config, base, template),
+        "encoders": {**encoders, "quantize": config.quantize},
         "dataset": digest({"metadata": contents, "pictures": pictures, "sizes": sizes}),
         "sizes": [list(size) for size in sizes],
     }
 
 
-def about_models(base_id: str, template: Template) -> dict[str, Any]:
-    """Return the part of it that does not depend on the data set."""
+def about_models(config: TrainingConfig, base: Base, template: Template) -> dict[str, Any]:
+    """Return the part of it that does not depend on the data set and what encodes it."""
     code = sha256(Path(template.module.__file__ or ""))[:16]
-    return {"base": base_id, "template": template.name, "code": code}
+    return {"base": _name(config, base), "template": template.name, "code": code}
+
+
+def _name(config: TrainingConfig, base: Base) -> str:
+    """Return the id of a known base, or one made of the weights of the transformer."""
+    if base.id in known_bases():
+        return base.id
+    place = locate_component(base, "transformer", _references(config, base)["transformer"])
+    files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place]
+    return f"{base.id} {digest({file.name: sha256(file) for file in files})}"
+
+
+def _references(config: TrainingConfig, base: Base) -> dict[str, str | Path]:
+    return component_references(base, read_components(config.components), config.hub, config.revision)

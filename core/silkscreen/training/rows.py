@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from silkscreen.bases import Base
 from silkscreen.errors import TrainingError
 from silkscreen.template import Template, inputs_from_signature
 from silkscreen.training.config import TrainingConfig
@@ -36,18 +37,18 @@ class Rows:
     preparation: Preparation | None
 
 
-def rows_of(config: TrainingConfig, base_id: str, template: Template, reporter: Reporter) -> Rows:
+def rows_of(config: TrainingConfig, base: Base, template: Template, reporter: Reporter) -> Rows:
     """Return the rows that a run's settings name.
 
     Raises:
         TrainingError: there are none, or some are bad and not to be skipped: each is listed with its line and reason.
     """
     if config.task == "sft:train":
-        return _encoded(config, base_id, template)
-    return _checked(config, base_id, template, reporter)
+        return _encoded(config, base, template)
+    return _checked(config, base, template, reporter)
 
 
-def _encoded(config: TrainingConfig, base_id: str, template: Template) -> Rows:
+def _encoded(config: TrainingConfig, base: Base, template: Template) -> Rows:
     """Return the rows that an earlier run has encoded."""
     assert config.dataset_base_path is not None
     found = read_index(config.dataset_base_path)
@@ -55,10 +56,10 @@ def _encoded(config: TrainingConfig, base_id: str, template: Template) -> Rows:
         raise TrainingError(f"{config.dataset_base_path} holds no encoded rows: run --task sft:data_process first")
     sizes: list[Size] = [(width, height) for width, height in found["sizes"]]
     shown, held_out = _split(config, len(sizes))
-    return Rows(sizes, shown, held_out, about_models(base_id, template), None)
+    return Rows(sizes, shown, held_out, about_models(config, base, template), None)
 
 
-def _checked(config: TrainingConfig, base_id: str, template: Template, reporter: Reporter) -> Rows:
+def _checked(config: TrainingConfig, base: Base, template: Template, reporter: Reporter) -> Rows:
     """Read each row once, and return the good ones; those of a metadata file for validation are held out."""
     assert config.dataset_metadata_path is not None
     extra = config.validation_metadata_path
@@ -93,7 +94,7 @@ def _checked(config: TrainingConfig, base_id: str, template: Template, reporter:
         sizes,
         shown,
         [*held_out, *range(count, len(sizes))],
-        about(config, base_id, template, kept, sizes),
+        about(config, base, template, kept, sizes),
         dataclasses.replace(preparation, rows=kept),
     )
 

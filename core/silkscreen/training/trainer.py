@@ -100,7 +100,7 @@ class _Run:
         if self.accelerator.is_main_process:
             checkpoints.check_room(config.output_path, 0)
         self.accelerator.wait_for_everyone()
-        self.rows = rows_of(config, base.id, self.template, self.reporter)
+        self.rows = rows_of(config, base, self.template, self.reporter)
         without = ("vae", "text_encoder", "tokenizer") if split else ()
         dtype = torch.float32 if config.mixed_precision == "no" else default_dtype(self.device)
         self.pipe = load_base(
