@@ -126,12 +126,15 @@ def test_weights_that_were_changed_are_prepacked_anew(layers: Blocks, change: Ca
         close(layers(x), wanted)
 
 
-def test_weights_that_are_trained_get_their_gradients(products: Callable[[], int]) -> None:
-    layers = Blocks()
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_what_is_trained_gets_its_gradients(trained: str, products: Callable[[], int]) -> None:
+    layers = Blocks().requires_grad_(False)
+    for layer in layers.blocks:
+        layer.get_parameter(trained).requires_grad_(True)
     with weights_prepacked(layers):
         layers(torch.randn(4, INPUTS)).sum().backward()
     assert products() == 0
-    assert all(parameter.grad is not None for parameter in layers.parameters())
+    assert all(layer.get_parameter(trained).grad is not None for layer in layers.blocks)
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def _content(layer: nn.Linear) -> tuple[int, int]:
 
 
 def _forward(layer: nn.Linear, packed: _Prepacked) -> Callable[[torch.Tensor], torch.Tensor]:
-    original, frozen = layer.forward, not layer.weight.requires_grad
+    original, frozen = layer.forward, not any(parameter.requires_grad for parameter in layer.parameters())
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
