@@ -27,6 +27,7 @@ from silkscreen.flux2.prepacking import weights_prepacked
 from silkscreen.flux2.replacing import is_plain
 from silkscreen.flux2.rotary import embedded_once
 from silkscreen.flux2.sides import BOTH, NEGATIVE, POSITIVE, Fields, Later, Sides, fields_at
+from silkscreen.flux2.turns import refused_elsewhere
 
 ConflictPolicy = Literal["error", "first", "last"]
 
@@ -370,6 +371,8 @@ def inject(pipe: Any, positive: TemplateCache, negative: TemplateCache | None) -
             stack.enter_context(weights_prepacked(pipe.transformer))
             if both:
                 stack.enter_context(in_one_pass(pipe, sides))
+        if used:
+            stack.enter_context(refused_elsewhere(pipe))
         yield
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,8 @@ from silkscreen.content import content
 from silkscreen.errors import CacheError, InputError, PipelineError
 from silkscreen.lru import LRU
 from small_flux2 import CALL, build_pipeline, draw, random_picture
+
+KEYS = '{"kv_cache": random_kv(seed)}'
 
 BYTES = 2 * 2 * 2 * 16 * 4
 """Of the keys and values below, and of the weights that they are made of."""
@@ -499,6 +502,32 @@ def test_threads_that_share_a_transformer_draw_what_each_draws_alone(
     together = in_threads(*map(job, calls))
     for one, many in zip(alone, together, strict=True):
         assert np.array_equal(many, np.concatenate([one] * 5))
+
+
+@pytest.mark.parametrize("pipeline", [Flux2KleinPipeline, Flux2Pipeline])
+def test_a_pipeline_called_past_its_turn_is_refused(pipeline: type, fixed_folder: Callable[[str, str], Path]) -> None:
+    """Flux2Pipeline has no cache contexts."""
+    pipe, templates = build_pipeline(pipeline), TemplatePipeline(fixed_folder("keys", KEYS), trust_code=True)
+    alone, bare = picture(templates, pipe, template_inputs=[{}]), draw(pipe)
+    refused: list[str] = []
+
+    def past_its_turn() -> np.ndarray:
+        with pytest.raises(PipelineError) as error:
+            draw(pipe)
+        refused.append(str(error.value))
+        return np.empty(0)
+
+    def in_between(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        in_threads(past_its_turn)
+        return {}
+
+    disturbed = picture(templates, pipe, template_inputs=[{}], callback_on_step_end=in_between)
+    assert np.array_equal(disturbed, alone)
+    assert set(refused) == {
+        "another thread is drawing with templates on this transformer: "
+        "call the pipeline by TemplatePipeline([]), which waits for its turn"
+    }
+    assert np.array_equal(draw(pipe), bare)
 
 
 def test_a_hook_may_draw_with_the_same_pipeline(small_pipe: Any, folder: Callable[..., Path]) -> None:

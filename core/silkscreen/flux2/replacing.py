@@ -25,10 +25,11 @@ def method_replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterat
 
 def is_plain(model: torch.nn.Module) -> bool:
     """Whether nothing is compiled in a model, which would be made anew, and no hook of diffusers keeps anything."""
-    return not any(_is_compiled(module) or _has_hooks(module) for module in model.modules())
+    return not any(is_compiled(module) or _has_hooks(module) for module in model.modules())
 
 
-def _is_compiled(module: torch.nn.Module) -> bool:
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module itself is compiled."""
     return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.OptimizedModule)
 
 
