@@ -16,4 +16,4 @@ train --output_path "$folder/layout" --resume_from_checkpoint "$folder/start.saf
     --max_timestep_boundary 0.2 --num_epochs 6 --ema_decay 0.98 "${@:2}"
 train --output_path "$folder/run" --resume_from_checkpoint "$folder/layout/epoch-5.safetensors" \
     --num_epochs 10 --lr_scheduler cosine --ema_decay 0.99 --save_dtype float16 "${@:2}"
-silkscreen pack structure "$folder/run/epoch-9.safetensors" --base flux2-tiny --dtype float16 --overwrite --out "$folder"
+silkscreen pack "$plugin" "$folder/run/epoch-9.safetensors" --base flux2-tiny --dtype float16 --overwrite --out "$folder" --trust-code
