@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,27 +28,29 @@ class _Prepacked:
     """The weights W (out, in) of a linear layer, laid out for x W^T and, once it is asked for, for g W."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self.weight, self.bias = layer.weight.detach(), layer.bias
         self.content = _content(layer)
-        self.forward = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        self.forward = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        self._backward: Any = None
 
-    @cached_property
-    def backward(self) -> Any:
-        return torch.ops.mkldnn._reorder_linear_weight(self.weight.T)
+    def backward(self, weight: torch.Tensor) -> Any:
+        """Return what is laid out for g W; `weight` is W."""
+        if self._backward is None:
+            self._backward = torch.ops.mkldnn._reorder_linear_weight(weight.detach().T)
+        return self._backward
 
 
 class _FrozenProduct(torch.autograd.Function):
     """The product of a layer whose weights get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, packed: _Prepacked) -> torch.Tensor:
-        ctx.packed = packed
-        return _product(x, packed.forward, packed.bias)
+    def forward(ctx: Any, x: torch.Tensor, layer: nn.Linear, packed: _Prepacked) -> torch.Tensor:
+        ctx.layer, ctx.packed = layer, packed
+        return _product(x, packed.forward, layer.bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _product(gradients[0], ctx.packed.backward, None), None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _product(gradients[0], ctx.packed.backward(ctx.layer.weight), None), None, None
 
 
 _kept: WeakKeyDictionary[nn.Linear, _Prepacked] = WeakKeyDictionary()
@@ -103,8 +104,10 @@ def _forward(layer: nn.Linear, packed: _Prepacked) -> Callable[[torch.Tensor], t
         if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return original(x)
         if not torch.is_grad_enabled():
-            return _product(x, packed.forward, packed.bias)
-        return _FrozenProduct.apply(x, packed) if frozen else original(x)  # type: ignore[no-untyped-call, no-any-return]
+            return _product(x, packed.forward, layer.bias)
+        if not frozen:
+            return original(x)
+        return _FrozenProduct.apply(x, layer, packed)  # type: ignore[no-untyped-call, no-any-return]
 
     return forward
 
