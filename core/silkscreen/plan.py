@@ -396,5 +396,4 @@ def _memory(tensor: torch.Tensor) -> tuple[int, Any, int]:
 
 def _unique_bytes(value: Any) -> int:
     """Return the bytes of the storages of tensors, each once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(value)}
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum({key: size for key, _, size in map(_memory, _tensors(value))}.values())
